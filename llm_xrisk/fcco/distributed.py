@@ -1,0 +1,67 @@
+"""Joining the rows of all ranks, so that an objective only ever sees the whole mini-batch."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes, 1 when none are joined."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join(*tensors: Tensor | None) -> tuple[Any, ...]:
+    r"""Concatenate each tensor over all ranks along its first dimension, with gradient.
+
+    All tensors of one call have the same number of rows; ranks may have different numbers, none
+    included. On one process the tensors come back as they are.
+
+    The backward pass sums the gradients of all ranks. Every rank computes the same loss F of the
+    joined rows, so the gradient of a local row s is W dF/ds: data-parallel training averages
+    parameter gradients over the W ranks, which leaves exactly the gradient of F.
+
+    Args:
+        *tensors: Local rows, each (rows, ...); ``None`` is passed through.
+
+    Returns:
+        A tuple with one joined tensor per argument, (sum of rows over ranks, ...).
+
+    Example:
+        >>> scores, nothing = join(torch.tensor([1.0, 2.0]), None)
+        >>> scores
+        tensor([1., 2.])
+    """
+    world = world_size()
+    if world == 1:
+        return tensors
+    first = next(t for t in tensors if t is not None)
+    rows = torch.tensor([first.shape[0]], device=first.device)
+    gathered = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(gathered, rows)
+    sizes = [int(size) for size in torch.cat(gathered).tolist()]
+    return tuple(None if t is None else _Join.apply(t, sizes) for t in tensors)
+
+
+class _Join(torch.autograd.Function):
+    """All-gather of uneven rows; its adjoint is the sum over ranks, cut to the local rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        wire = local.to(torch.uint8) if local.dtype == torch.bool else local  # gloo has no bool
+        padded = wire.new_zeros((max(sizes), *wire.shape[1:]))
+        padded[: wire.shape[0]] = wire
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return whole.to(local.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        rank = dist.get_rank()
+        start = sum(ctx.sizes[:rank])
+        return total[start : start + ctx.sizes[rank]], None

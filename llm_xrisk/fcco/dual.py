@@ -1,0 +1,90 @@
+"""Per-sample dual variables with their own projected step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PerSampleDual(nn.Module):
+    r"""Variables nu_i, tau_i, y_i or lambda_q kept beside the model and stepped by key.
+
+    .. math:: v_i \leftarrow \mathrm{clip}\big(v_i - \eta\, m_i,\; lower,\; upper\big),
+              \qquad m_i \leftarrow (1-\beta) m_i + \beta z_i
+
+    They are buffers, not optimizer parameters: Adam would move samples that were not visited.
+    Duplicated indices count once, with their mean gradient. ``num_samples=1`` is a global dual.
+    Ascent is a negative gradient. One number (4 bytes) per sample, two with momentum.
+
+    Args:
+        num_samples: Number of keys.
+        initial: First value.
+        lr: Step size eta.
+        beta: Weight of the new gradient in (0, 1]; 1 is plain SGD.
+        lower: Projection's lower end, or None.
+        upper: Projection's upper end, or None.
+        state_dtype: dtype of the state, whatever ``.to()`` says.
+
+    Raises:
+        ValueError: num_samples < 1, lr <= 0, beta outside (0, 1], lower > upper.
+
+    Example:
+        >>> nu = PerSampleDual(num_samples=4, lr=0.5, lower=0.0)
+        >>> index = torch.tensor([2])
+        >>> nu.step(torch.tensor([-3.0]), index)
+        >>> nu(index)
+        tensor([1.5000])
+    """
+
+    value: Tensor
+    direction: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        lr: float,
+        initial: float = 0.0,
+        beta: float = 1.0,
+        lower: float | None = None,
+        upper: float | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}; pass len(dataset)")
+        if lr <= 0 or not 0 < beta <= 1:
+            raise ValueError(f"need lr > 0 and beta in (0, 1], got lr={lr}, beta={beta}")
+        if lower is not None and upper is not None and lower > upper:
+            raise ValueError(f"lower must not exceed upper, got [{lower}, {upper}]")
+        self.num_samples, self.lr, self.beta = num_samples, lr, beta
+        self.lower = float("-inf") if lower is None else lower
+        self.upper = float("inf") if upper is None else upper
+        self.register_buffer("value", torch.full((num_samples,), initial, dtype=state_dtype))
+        self.register_buffer("direction", torch.zeros(num_samples, dtype=state_dtype))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """The current values of ``index`` (B,), without gradient."""
+        return self.value[index]
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, index: Tensor, where: Tensor | None = None) -> None:
+        """Take one projected step against ``grad`` (B,) on the rows ``where`` (all by default)."""
+        if not self.training:
+            return
+        weight = torch.ones_like(index, dtype=grad.dtype) if where is None else where.to(grad.dtype)
+        same = (index[:, None] == index[None, :]).to(grad.dtype) * weight
+        count = same.sum(1)
+        mean = (same @ grad) / count.clamp(min=1)
+        direction = torch.lerp(self.direction[index], mean.to(self.value.dtype), self.beta)
+        value = (self.value[index] - self.lr * direction).clamp(self.lower, self.upper)
+        seen = count > 0
+        self.direction.index_copy_(0, index, torch.where(seen, direction, self.direction[index]))
+        self.value.index_copy_(0, index, torch.where(seen, value, self.value[index]))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PerSampleDual":
+        before = (self.value, self.direction)
+        super()._apply(fn, recurse)
+        device = self.value.device
+        self.value, self.direction = (b.to(device) for b in before)
+        return self

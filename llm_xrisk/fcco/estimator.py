@@ -1,0 +1,199 @@
+"""The central abstraction: a moving average of an inner function, as a layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_xrisk.fcco import rules
+from llm_xrisk.fcco.schedules import GammaSchedule, constant
+
+
+class InnerEstimator(nn.Module):
+    r"""Tracks the inner values u_i of F(w) = (1/n) sum_i f_i(g_i(w)), keyed by sample.
+
+    .. math:: u_i \leftarrow (1-\gamma) u_i + \gamma\, g_i(w_t; B_t)
+
+    ``u = inner(g, index)`` has the *value* of the updated average and the *gradient* of the
+    mini-batch value, so that ``f(u).mean()`` reads as the objective, is its plug-in estimate, and
+    differentiates to the FCCO estimator (1/B) sum_i f'(u_i) grad g_i (no factor gamma):
+
+    * plain: ``u + (g - sg[g])``
+    * logarithmic: ``log_u + sg[exp(log_g - log_u)] * (log_g - sg[log_g])``
+
+    State is kept in buffers: ``u`` (num_samples, *shape), 4 bytes a number, and ``visited``
+    (num_samples,), 1 byte each. They stay in ``state_dtype`` whatever ``.to()`` asks for: in
+    bfloat16 an average with a small gamma never moves. In ``eval()`` the mini-batch value is
+    returned and nothing is written.
+
+    Args:
+        num_samples: n, the number of keys; ``index`` lies in [0, n).
+        gamma: Weight of the new mini-batch value in (0, 1], or a schedule of the epoch.
+        shape: Shape of one inner value, () for scalars.
+        log: Whether ``g`` and the state are logarithms (eq. 6.14).
+        initial: Fixed first value u_0 in the units of the state (0.0 is u_0 = 1 in log). By
+            default the first visit of a sample stores its mini-batch value (section 6.4.2).
+        rule: Update rule ``(u, g, gamma) -> u``; by default the (log) moving average.
+        state_dtype: dtype of ``u``; float64 in tests that compare to 1e-10.
+
+    Raises:
+        ValueError: gamma outside (0, 1], num_samples < 1, or a checkpoint of another size.
+        IndexError: index outside [0, num_samples) (checked on the CPU, where it costs nothing).
+
+    Example:
+        >>> inner = InnerEstimator(num_samples=3, gamma=0.5)
+        >>> inner(torch.tensor([4.0]), torch.tensor([1]))       # first visit
+        tensor([4.])
+        >>> inner(torch.tensor([2.0]), torch.tensor([1]))
+        tensor([3.])
+
+    Source: the layer form of SOX (section 6.1, Algorithms 28, 34, 36).
+    """
+
+    u: Tensor
+    visited: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        gamma: float | GammaSchedule = 0.9,
+        *,
+        shape: tuple[int, ...] = (),
+        log: bool = False,
+        initial: float | None = None,
+        rule: rules.Rule | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}; pass len(dataset)")
+        self.num_samples = num_samples
+        self.log = log
+        self.initial = initial
+        self.rule = rule
+        self.schedule = gamma if callable(gamma) else constant(gamma)
+        start = torch.full((num_samples, *shape), initial or 0.0, dtype=state_dtype)
+        self.register_buffer("u", start)
+        self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool))
+        self.register_buffer("gamma", torch.tensor(1.0, dtype=state_dtype), persistent=False)
+        self.set_epoch(0.0)
+
+    def set_epoch(self, epoch: float) -> None:
+        """Set gamma to its schedule's value at ``epoch``."""
+        gamma = self.schedule(epoch)
+        if not 0 < gamma <= 1:
+            raise ValueError(
+                f"gamma must be in (0, 1], got {gamma}; it is the weight of the new mini-batch value"
+            )
+        self.gamma.fill_(gamma)
+
+    def forward(self, g: Tensor, index: Tensor, where: Tensor | None = None) -> Tensor:
+        """Update the state of the rows' samples and return it with the gradient of ``g``.
+
+        Rows with equal ``index`` count as one observation, their mean. Rows outside ``where``
+        change nothing and come back as ``g``.
+
+        Args:
+            g: (B, *shape) mini-batch inner values (their logarithms if ``log``).
+            index: (B,) sample ids.
+            where: (B,) which rows are observations; all by default.
+
+        Returns:
+            (B, *shape), in the wider of g's dtype and the state's.
+        """
+        if not self.training:
+            return g
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_index(index)
+        observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
+        with torch.no_grad():
+            u = self._update(g.detach().to(self.u.dtype), index, observed)
+        if self.log:
+            value = u + torch.exp(g.detach() - u) * (g - g.detach())
+        else:
+            value = u + (g - g.detach())
+        return value if where is None else torch.where(_columns(where, g), value, g.to(value.dtype))
+
+    def _update(self, g: Tensor, index: Tensor, observed: Tensor) -> Tensor:
+        slot = _slots(index)
+        mean, count = _mean_by_slot(g, slot, observed, self.log)
+        u, visited = self.u[index], self.visited[index]
+        rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
+        new = rule(u, mean, self.gamma)
+        if self.initial is None:
+            new = torch.where(_columns(visited, u), new, mean)
+        new = torch.where(_columns(count > 0, u), new, u)
+        # rows of one sample all write the same value, so the order of the writes cannot matter
+        self.u.index_copy_(0, index, new)
+        self.visited.index_copy_(0, index, visited | (count > 0))
+        return new
+
+    def _check_index(self, index: Tensor) -> None:
+        if index.numel() == 0:
+            return
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= self.num_samples:
+            raise IndexError(
+                f"index {low if low < 0 else high} is out of range for "
+                f"num_samples={self.num_samples}; build the objective with "
+                "num_samples=len(train_dataset) and number the rows 0..n-1"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "InnerEstimator":
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:  # follow the device, never the dtype
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "u")
+        if saved is not None and saved.shape[0] != self.num_samples:
+            raise ValueError(
+                f"the checkpoint tracks num_samples={saved.shape[0]}, this objective has "
+                f"num_samples={self.num_samples}; resume with the dataset the run started with, "
+                "or start a new run from the model's weights"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    def extra_repr(self) -> str:
+        """Show what distinguishes one estimator from another."""
+        kind = "log" if self.log else "plain"
+        return f"num_samples={self.num_samples}, shape={tuple(self.u.shape[1:])}, {kind}"
+
+
+def _columns(rows: Tensor, like: Tensor) -> Tensor:
+    """Reshape (B,) so that it broadcasts against ``like`` (B, ...)."""
+    return rows.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def _slots(index: Tensor) -> Tensor:
+    """Number equal entries of ``index`` alike, 0 <= slot < B, without leaving the device."""
+    ordered, order = torch.sort(index, stable=True)
+    starts = torch.ones_like(index)
+    starts[1:] = (ordered[1:] != ordered[:-1]).to(index.dtype)
+    return torch.empty_like(index).scatter(0, order, starts.cumsum(0) - 1)
+
+
+def _mean_by_slot(
+    g: Tensor, slot: Tensor, observed: Tensor, log: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean of the observed rows of each row's slot (of exp(g), if ``log``), and their number."""
+    weight = observed.to(g.dtype)
+    count = torch.zeros_like(weight).index_add(0, slot, weight)
+    shift = torch.zeros_like(g)
+    if log:
+        masked = g.masked_fill(~_columns(observed, g), float("-inf"))
+        top = torch.full_like(g, float("-inf"))
+        shift = top.scatter_reduce(0, _columns(slot, g).expand_as(g), masked, "amax")[slot]
+        shift = shift.masked_fill(shift.isinf(), 0.0)
+        g = torch.exp(masked - shift)
+    total = torch.zeros_like(g).index_add(0, slot, g * _columns(weight, g))
+    mean = (total / _columns(count.clamp(min=1), g))[slot]
+    return (mean.log() + shift if log else mean), count[slot]

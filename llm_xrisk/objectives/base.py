@@ -1,0 +1,153 @@
+"""What every objective shares: its face, its output and masked reductions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llm_xrisk.fcco import InnerEstimator, PerSampleDual
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What an objective returns.
+
+    Attributes:
+        loss: () plug-in estimate of the objective; its gradient is the book's estimator.
+        metrics: Detached scalars for the log, by name.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class Objective(nn.Module):
+    """An objective of per-row scores: state, value, gradient.
+
+    ``forward(scores, targets, *, index=None, **groups)`` takes the rows of this process, joins
+    those of all processes with gradient (:func:`llm_xrisk.fcco.join`) and returns the loss of the
+    whole mini-batch, so replicas hold equal state and data-parallel training has the gradient of
+    the joined batch. It never waits for the device and never looks at values: labels, rewards and
+    index are checked by :meth:`check`, which collators, samplers and trainers call on the CPU.
+
+    Keep an objective outside DDP, FSDP and DeepSpeed modules, and switch it with ``train()`` and
+    ``eval()`` as the model: in ``eval()`` no state changes.
+
+    Attributes:
+        score: For objectives of sequences, the name of the score they take
+            (:mod:`llm_xrisk.objectives.scores`); None for those of plain model outputs.
+    """
+
+    score: str | None = None
+    binary_targets: ClassVar[bool] = True
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples the state is keyed by, or None where there is no state."""
+        for module in self.modules():
+            if isinstance(module, InnerEstimator | PerSampleDual):
+                return module.num_samples
+        return None
+
+    def set_epoch(self, epoch: float) -> None:
+        """Let every estimator's gamma follow its schedule."""
+        for module in self.modules():
+            if isinstance(module, InnerEstimator):
+                module.set_epoch(epoch)
+
+    def forward(
+        self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None, **groups: Any
+    ) -> ObjectiveOutput:
+        """Return loss and metrics of the joined rows; see the class of each objective."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def exact(self, scores: Tensor, targets: Tensor, **groups: Any) -> Tensor:
+        """The objective on the full set of rows, without state: for validation and as oracle."""
+        raise TypeError(f"{type(self).__name__} does not define exact")
+
+    def check(self, *, targets: Tensor | None = None, index: Tensor | None = None) -> None:
+        """Check the values of a batch on the host.
+
+        Args:
+            targets: (rows,) labels or rewards.
+            index: (rows,) sample ids.
+
+        Raises:
+            ValueError: targets other than 0 and 1, or a missing index.
+            IndexError: index outside [0, num_samples).
+        """
+        if targets is not None and self.binary_targets:
+            values = sorted({float(v) for v in targets.flatten().tolist()})
+            if any(v not in (0.0, 1.0) for v in values):
+                raise ValueError(
+                    f"{type(self).__name__} needs targets 0 or 1, got {values[:8]}; threshold "
+                    "them first, for example (targets >= 0.5)"
+                )
+        if self.num_samples is not None:
+            _check_index(type(self).__name__, index, self.num_samples)
+
+
+def _check_index(name: str, index: Tensor | None, num_samples: int) -> None:
+    if index is None:
+        raise ValueError(
+            f"{name} keeps a value for each sample and got no index; number the rows with "
+            "llm_xrisk.data.with_index(dataset) and pass index=batch['index']"
+        )
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_samples:
+        raise IndexError(
+            f"index in [{int(index.min())}, {int(index.max())}] is out of range for "
+            f"num_samples={num_samples}; build the objective with num_samples=len(train_dataset)"
+        )
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of ``values`` where ``mask``, and 0 (with gradient 0) where the mask is empty.
+
+    Args:
+        values: Any shape; what stands outside the mask may be infinite or NaN.
+        mask: Broadcasts against ``values``.
+        dim: Dimension to reduce; all of them by default.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, float("inf")]), torch.tensor([1, 1, 0]).bool())
+        tensor(2.)
+    """
+    mask = mask.expand_as(values)
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    count = mask.sum() if dim is None else mask.sum(dim)
+    total = kept.sum() if dim is None else kept.sum(dim)
+    return total / count.clamp(min=1)
+
+
+def masked_logmeanexp(values: Tensor, mask: Tensor) -> Tensor:
+    """Log of the mean of exp(values) over the last dimension where ``mask``.
+
+    -inf, with gradient 0, where the mask is empty. Finite for any finite values.
+
+    Args:
+        values: (..., m).
+        mask: Broadcasts against ``values``.
+
+    Returns:
+        (...) log-mean-exp.
+
+    Example:
+        >>> masked_logmeanexp(torch.tensor([0.0, 0.0, 9.0]), torch.tensor([1, 1, 0]).bool())
+        tensor(0.)
+    """
+    mask = mask.expand_as(values)
+    # a row without entries is given one of value 0, so that no gradient is NaN, and then cut off
+    empty = ~mask.any(-1, keepdim=True)
+    filled = torch.where(mask, values, torch.where(empty, 0.0, float("-inf")).to(values.dtype))
+    count = mask.sum(-1).clamp(min=1)
+    result = torch.logsumexp(filled, -1) - count.log()
+    return result.masked_fill(empty.squeeze(-1), float("-inf"))
+
+
+def require_index(name: str, index: Tensor | None) -> Tensor:
+    """Return ``index`` or raise the error that shows how to get one."""
+    if index is None:
+        _check_index(name, None, 0)
+    return index  # pyright: ignore[reportReturnType]

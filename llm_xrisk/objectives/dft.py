@@ -1,0 +1,195 @@
+"""Discriminative fine-tuning (Algorithm 36)."""
+
+import torch
+from torch import Tensor
+
+from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco.schedules import GammaSchedule
+from llm_xrisk.objectives.base import ObjectiveOutput, masked_logmeanexp, masked_mean, require_index
+from llm_xrisk.objectives.scores import SCORES
+from llm_xrisk.objectives.sequence import SequenceObjective, effective_fraction, same_group
+
+
+class DFT(SequenceObjective):
+    r"""DFT, Algorithm 36: raises the likelihood of the gold answer above that of sampled ones.
+
+    *Discriminative* fine-tuning; not TRL's ``loss_type="dft"``, which is Dynamic Fine-Tuning.
+
+    .. math:: F(w) = \frac1n \sum_i \Big[ -s(w; y_i, x_i) + \tau \log
+              E_{y' \sim \pi_{ref}(\cdot|\bar x_i)}
+              \frac{\exp(s(w; y', x_i)/\tau)}{\pi_{ref}(y'|x_i)} \Big] \qquad (6.69)
+
+    Inner value g_i = mean_j exp(a_ij) with a_ij = s_ij / tau - log pi_ref(y'_ij | x_i), outer
+    function f = tau log, tracked as log u_i by the moving average (6.72) in the form of (6.14).
+    The gradient is (6.73) with the u of this step; the loss is the objective's value at u.
+    ``s`` is the sum of the tokens' log-probabilities. DFT without negatives is SFT.
+
+    Args:
+        num_samples: n, the number of prompts.
+        gamma: Weight of the new mini-batch value in (0, 1]; 0.85 in the authors' recipe.
+        tau: Temperature > 0; 1.0 in the authors' recipe.
+        importance_weight: Divide by pi_ref(y'|x); without it (6.71) is optimised.
+        score: "log_likelihood" (sum) or "mean_log_likelihood".
+        u_init: "one" is u_0 = 1 as Algorithm 36 has it; "first_batch" stores the first
+            mini-batch value instead. Their results are not comparable.
+        state_dtype: dtype of the state.
+
+    Shapes:
+        scores (R,), targets (R,) 1 for gold and 0 for sampled answers, index (R,) the prompt of
+        each row (rows of one prompt form its group, in any order), ref_log_likelihood (R,).
+
+    State: one log u per prompt, 5 bytes; ``objective.safetensors`` in a trainer's checkpoint.
+
+    Departures: (6.72) writes B^0 for the negatives' batch and (6.73) u_{i,t+1} for u_{i,t}. The
+    authors' code reports a surrogate whose value is not the objective, averages u over ranks only
+    at the end of an epoch and loses it on resume. A row repeated within a batch counts once.
+
+    Raises:
+        ValueError: tau <= 0, gamma outside (0, 1], an unknown score or u_init, a missing index,
+            or missing reference likelihoods.
+
+    Example:
+        >>> objective = DFT(num_samples=10, gamma=1.0)
+        >>> scores = torch.tensor([-2.0, -3.0, -3.0])
+        >>> targets, index = torch.tensor([1, 0, 0]), torch.tensor([7, 7, 7])
+        >>> ref = torch.tensor([0.0, -3.0, -3.0])       # the policy has not moved: g = 1
+        >>> objective(scores, targets, index=index, ref_log_likelihood=ref).loss
+        tensor(2.)
+
+    Relations: ``gamma=1`` is the mini-batch loss; :class:`DFT2` drops the weight and averages
+    over tokens; SOPA-s and SogCLR keep the same log u for other scores.
+
+    Source: book section 6.6.2; Guo et al., arXiv 2502.18679, ICML 2025.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        gamma: float | GammaSchedule = 0.85,
+        tau: float = 1.0,
+        *,
+        importance_weight: bool = True,
+        score: str = "log_likelihood",
+        u_init: str = "one",
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if tau <= 0:
+            raise ValueError(f"tau must be positive, got {tau}; the authors use 1.0 (DFT), 0.3 (DFT2)")
+        if score not in SCORES or score == "likelihood_ratio":
+            raise ValueError(f'score must be "log_likelihood" or "mean_log_likelihood", got {score!r}')
+        if u_init not in ("one", "first_batch"):
+            raise ValueError(f'u_init must be "one" or "first_batch", got {u_init!r}')
+        self.tau, self.score, self.importance_weight = tau, score, importance_weight
+        initial = 0.0 if u_init == "one" else None
+        self.inner = InnerEstimator(
+            num_samples, gamma, log=True, initial=initial, state_dtype=state_dtype
+        )
+
+    def forward(
+        self,
+        scores: Tensor,
+        targets: Tensor,
+        *,
+        index: Tensor | None = None,
+        ref_log_likelihood: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """Return the objective of the joined rows; see the class."""
+        index = require_index(type(self).__name__, index)
+        scores, targets, index, ref = join(scores, targets, index, ref_log_likelihood)
+        exponent = self._exponent(scores, ref)
+        gold, pairs = self._pairs(targets, index)
+        log_g = masked_logmeanexp(exponent[None, :].expand(pairs.shape), pairs)  # (R,)
+        anchors = gold & pairs.any(-1)
+        log_u = self.inner(log_g, index, where=anchors)
+        loss = masked_mean(-scores + self.tau * torch.where(anchors, log_u, 0.0), gold)
+        with torch.no_grad():
+            log_weight = torch.where(anchors, log_g - log_u, 0.0)
+            fraction = effective_fraction(exponent[None, :].expand(pairs.shape), pairs)
+            metrics = {
+                "objective": loss.detach(),
+                "log_u/mean": masked_mean(log_u, anchors),
+                "log_u/max": torch.where(anchors, log_u, float("-inf")).amax(),
+                "negatives/weight": masked_mean(log_weight.exp(), anchors),
+                "negatives/effective_fraction": masked_mean(fraction, anchors),
+                "score/gold": masked_mean(scores, gold),
+                "score/negative": masked_mean(scores, ~gold),
+                "auc": masked_mean((scores[:, None] > scores[None, :]).to(scores.dtype), pairs),
+            }
+        return ObjectiveOutput(loss, metrics)
+
+    def exact(
+        self,
+        scores: Tensor,
+        targets: Tensor,
+        *,
+        index: Tensor,
+        ref_log_likelihood: Tensor | None = None,
+    ) -> Tensor:
+        """(6.69) with the mean over all given negatives, without state."""
+        gold, pairs = self._pairs(targets, index)
+        exponent = self._exponent(scores, ref_log_likelihood)
+        log_g = masked_logmeanexp(exponent[None, :].expand(pairs.shape), pairs)
+        normaliser = torch.where(pairs.any(-1), log_g, 0.0)
+        return masked_mean(-scores + self.tau * normaliser, gold)
+
+    def _exponent(self, scores: Tensor, ref: Tensor | None) -> Tensor:
+        if not self.importance_weight:
+            return scores / self.tau
+        if ref is None:
+            raise ValueError(
+                "DFT weighs each sampled answer by 1 / pi_ref and got no ref_log_likelihood; "
+                "pass log pi_ref(y'|x) of every row, or set importance_weight=False (DFT2)"
+            )
+        return scores / self.tau - ref
+
+    @staticmethod
+    def _pairs(targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        gold = targets > 0.5
+        return gold, same_group(index) & gold[:, None] & ~gold[None, :]
+
+
+class DFT2(DFT):
+    r"""DFT2, Algorithm 36 on (6.71): scores averaged over tokens, no reference weight.
+
+    .. math:: F(w) = \frac1n \sum_i \Big[ -s_i + \tau \log \frac1m \sum_j
+              \exp(s_{ij}/\tau) \Big], \qquad s = \tfrac{1}{|y|} \log \pi_w(y|x) \qquad (6.71)
+
+    No reference model and no cached likelihoods are needed. Everything else is :class:`DFT`'s.
+    With u_0 = 1 the first visits push the negatives with weight g / (1 - gamma + gamma g) only;
+    ``u_init="first_batch"`` starts them at full weight.
+
+    Args:
+        num_samples: n, the number of prompts.
+        gamma: Weight of the new mini-batch value in (0, 1]; 0.9 in the authors' recipe.
+        tau: Temperature > 0; 0.3 in the authors' recipe.
+        u_init: "one" or "first_batch".
+        state_dtype: dtype of the state.
+
+    Example:
+        >>> objective = DFT2(num_samples=1, gamma=1.0, tau=0.5)
+        >>> scores, targets = torch.tensor([-1.0, -2.0]), torch.tensor([1, 0])
+        >>> objective(scores, targets, index=torch.tensor([0, 0])).loss
+        tensor(-1.)
+
+    Source: book section 6.6.2; the authors' ``ref_free`` option.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        gamma: float | GammaSchedule = 0.9,
+        tau: float = 0.3,
+        *,
+        u_init: str = "one",
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            num_samples,
+            gamma,
+            tau,
+            importance_weight=False,
+            score="mean_log_likelihood",
+            u_init=u_init,
+            state_dtype=state_dtype,
+        )
