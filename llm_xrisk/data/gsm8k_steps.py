@@ -1,8 +1,9 @@
 """Real arithmetic for the embedded default: the calculator steps of GSM8K's own solutions.
 
-GSM8K's authors annotated each calculation of a solution, `<<48/2=24>>`. A step is such an annotation, split after
-the equals sign: the prompt is `48/2=`, the answer `24`. The package ships every distinct step of the training
-solutions and, as a held-out set, those of the test solutions that are not among them.
+GSM8K's authors annotated each calculation of a solution, `<<48/2=24>>`. A step is such an
+annotation, split after the equals sign: the prompt is `48/2=`, the answer `24`. The package ships
+every distinct step of the training solutions and, as a held-out set, those of the test solutions
+that are not among them.
 
 Needs neither torch nor transformers. Extraction from the source files:
 
@@ -25,7 +26,7 @@ MAX_EXPRESSION = 200
 
 _ANNOTATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 _TOKEN = re.compile(rf"{NUMBER.pattern}|//|[-+*/()]")
-_NORMALISE = str.maketrans({"×": "*", "÷": "/", "−": "-", "$": "", ",": ""})
+_NORMALISE = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-", "$": "", ",": ""})
 _PRODUCT: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "*": operator.mul,
     "/": operator.truediv,
@@ -63,8 +64,8 @@ class Extraction:
 def exact_value(expression: str) -> Fraction:
     """Value of an arithmetic expression as an exact fraction.
 
-    Numbers, `+ - * / //` (`//` rounds down), signs and parentheses, with the usual precedence; nothing else, and
-    never `eval`.
+    Numbers, `+ - * / //` (`//` rounds down), signs and parentheses, with the usual precedence;
+    nothing else, and never `eval`.
 
     Args:
         expression: at most 200 characters, without spaces.
@@ -78,7 +79,8 @@ def exact_value(expression: str) -> Fraction:
     """
     if len(expression) > MAX_EXPRESSION:
         raise ValueError(
-            f"expression of {len(expression)} characters; at most {MAX_EXPRESSION} are read, shorten it"
+            f"expression has {len(expression)} characters; "
+            f"at most {MAX_EXPRESSION} are read, shorten it"
         )
     tokens = _TOKEN.findall(expression)
     if "".join(tokens) != expression:
@@ -123,7 +125,7 @@ def _factor(tokens: list[str]) -> Fraction:
 
 
 def is_correct(prompt: str, completion: str) -> bool:
-    """Whether `completion` is a number equal to the step's value, however it is written (`4`, `4.00`).
+    """Whether `completion` is a number of the step's value, however it is written.
 
     Example:
         >>> is_correct("8/2=", "4.00"), is_correct("8/2=", "6"), is_correct("8/2=", "8/2")
@@ -174,10 +176,11 @@ def _answers(path: Path) -> Iterable[str]:
 
 
 def extract_steps(path: str | Path) -> list[tuple[str, str]]:
-    """Distinct calculator steps of a GSM8K file as (`"48/2="`, `"24"`) pairs, in order of first appearance.
+    """Distinct calculator steps of a GSM8K file, pairs such as (`"48/2="`, `"24"`).
 
-    Spaces, currency signs and thousands separators are removed, typographic operators replaced. Every step kept is
-    exact in rational arithmetic; `read_extraction` also tells how many were dropped (none, in GSM8K).
+    They stand in order of first appearance. Spaces, currency signs and thousands separators are
+    removed, typographic operators replaced. Every step kept is exact in rational arithmetic;
+    `read_extraction` also tells how many were dropped (none, in GSM8K).
 
     Args:
         path: JSON lines with the fields `question` and `answer`.
@@ -186,10 +189,11 @@ def extract_steps(path: str | Path) -> list[tuple[str, str]]:
 
 
 def load_steps(split: Literal["train", "test"]) -> list[Step]:
-    """Shipped steps: 11,021 of the training solutions, or the 1,434 of the test solutions not among them.
+    """Shipped steps: 11,021 of training solutions, or 1,434 of test solutions not among them.
 
-    A step is its prompt and its written answer. 59 prompts of the test split therefore occur in the training split
-    too, with the answer written otherwise (`4` and `4.00`); leave them out where that matters.
+    A step is its prompt and its written answer. 59 prompts of the test split therefore occur in
+    the training split too, with the answer written otherwise (`4` and `4.00`); leave them out
+    where that matters. One answer, that of `3/4=`, is a fraction; the others are plain numbers.
 
     Args:
         split: "train" or "test".

@@ -1,8 +1,9 @@
 """Synthetic arithmetic that looks like real steps and, like text from the web, is often wrong.
 
-`StepSampler` imitates a list of real steps: the shape of an expression (`N*N/N`) and the numbers in its places are
-drawn from them, while expressions on a list of exclusions never appear. A share of the answers is replaced by the
-slips people make. A model trained on such text knows the rules without having seen the real steps, and doubts.
+`StepSampler` imitates a list of real steps: the shape of an expression (`N*N/N`) and the numbers in
+its places are drawn from them, while expressions on a list of exclusions never appear. A share of
+the answers is replaced by the slips people make. A model trained on such text knows the rules
+without having seen the real steps, and doubts.
 """
 
 import random
@@ -23,7 +24,7 @@ _OPERATOR = re.compile(r"(?<=[\d.)])[-+*/]")
 
 
 def expression_key(expression: str) -> str:
-    """The expression with its numbers written in one way, so that `.5*4.0` and `0.5*4` are the same.
+    """The expression with its numbers written in one way, so that `.5*4.0` equals `0.5*4`.
 
     Example:
         >>> expression_key(".5*4.0")
@@ -33,7 +34,7 @@ def expression_key(expression: str) -> str:
 
 
 def write_number(value: Fraction) -> str | None:
-    """Shortest decimal writing of a value, or None where it has more than four decimals or nine characters.
+    """Shortest decimal writing of a value; None beyond four decimals or nine characters.
 
     Example:
         >>> write_number(Fraction(5, 2)), write_number(Fraction(1, 3))
@@ -99,7 +100,7 @@ def _value_of(expression: str) -> str | None:
 
 
 def wrong_answer(expression: str, answer: str, rng: random.Random) -> str:
-    """A plausible wrong answer: one of `SLIPS`, tried at random until the value differs from the right one.
+    """A plausible wrong answer: one of `SLIPS`, drawn anew until the value is another.
 
     Args:
         expression: the expression without its equals sign.
@@ -119,9 +120,10 @@ def wrong_answer(expression: str, answer: str, rng: random.Random) -> str:
 class StepSampler:
     """Draws synthetic steps in the likeness of real ones.
 
-    The shape of the expression is that of a random real step. Each place is filled with a number found in the same
-    place of a step of that shape (of any shape, where fewer than 30 are known), drawn anew until the expression is
-    not excluded and has a non-negative value of at most four decimals: a whole one if the real step's value is.
+    The shape of the expression is that of a random real step. Each place is filled with a number
+    found in the same place of a step of that shape (of any shape, where fewer than 30 are known),
+    drawn anew until the expression is not excluded and has a non-negative value of at most four
+    decimals: a whole one if the real step's value is.
 
     Args:
         prompts: real prompts (`"48/2="`) to imitate.
@@ -132,7 +134,8 @@ class StepSampler:
         ValueError: no prompts, or a share outside [0, 1].
 
     Example:
-        >>> StepSampler(["48/2=", "20/5="], excluded=["48/2="], wrong_rate=0.0).sample(random.Random(0))
+        >>> sampler = StepSampler(["48/2=", "20/5="], excluded=["48/2="], wrong_rate=0.0)
+        >>> sampler.sample(random.Random(0))
         ('20/5=', '4')
     """
 

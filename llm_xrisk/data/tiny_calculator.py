@@ -1,9 +1,14 @@
-"""The character tokenizer of the embedded model: printable ASCII, one token per character."""
+"""The embedded model `tiny-calculator` before training: its tokenizer and its architecture."""
 
 import string
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 PAD, EOS, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -51,3 +56,35 @@ def char_tokenizer(model_max_length: int = 1024) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def untrained_calculator(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Qwen3 model of 866,432 random parameters: 4 layers of 128, tied embeddings, float32.
+
+    Args:
+        tokenizer: gives the number of tokens, the end and padding ids and the longest input.
+
+    Example:
+        >>> untrained_calculator(char_tokenizer()).num_parameters()
+        866432
+    """
+    vocabulary = tokenizer.get_vocab()
+    end, pad = vocabulary[EOS], vocabulary[PAD]
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        dtype="float32",
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    return model
