@@ -1,0 +1,5 @@
+"""Plain modules and functions on models, without trainers."""
+
+from llm_xrisk.models.logprobs import TokenLogProbs, selective_log_softmax, token_log_probs
+
+__all__ = ["TokenLogProbs", "selective_log_softmax", "token_log_probs"]

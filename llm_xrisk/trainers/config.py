@@ -1,0 +1,210 @@
+"""Settings of the trainers: what ``TrainingArguments`` lack, each with its symbol and range."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llm_xrisk.rollout.engine import SamplingConfig
+
+_LOSS_TYPE_ERROR = (
+    "got loss_type={!r}; in TRL that chooses a loss of SFTTrainer or GRPOTrainer (there \"dft\" is "
+    "Dynamic Fine-Tuning, another method). Drop loss_type: this trainer's objective is set by "
+    "`objective`"
+)
+
+
+@dataclass
+class ScoreConfig(TrainingArguments):
+    """What all trainers of sequence objectives share.
+
+    Defaults that differ from ``TrainingArguments``: gradient checkpointing on, bf16 where the
+    device supports it, unused columns kept, and NaN losses shown instead of filtered.
+
+    Args:
+        model_init_kwargs: For ``from_pretrained`` when the model is given by name.
+        padding_side: "left" aligns completions, so that fewer positions get logits; "right"
+            pads whole rows.
+        disable_dropout: Set dropout to 0. Scores are taken without it.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "bfloat16 autocast; by default where a GPU supports it."}
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Keep the columns that collators need."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace NaN losses in the log by the last mean."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps (or that share of all steps)."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained, as JSON."}
+    )
+    padding_side: str = field(
+        default="left",
+        metadata={"help": "left aligns completions (fewer logits), right pads whole rows."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set dropout to 0: scores are taken without it."}
+    )
+    loss_type: str | None = field(
+        default=None, metadata={"help": "Not used; refused, because TRL means something else."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss_type is not None:
+            raise ValueError(_LOSS_TYPE_ERROR.format(self.loss_type))
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side must be "left" or "right", got {self.padding_side!r}')
+        if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = bool(gpu and torch.cuda.is_bf16_supported() and not self.fp16)
+        super().__post_init__()
+
+
+@dataclass
+class DFTConfig(ScoreConfig):
+    """Settings of :class:`~llm_xrisk.trainers.DFTTrainer` (*Discriminative* fine-tuning).
+
+    A batch size counts prompts; each brings 1 + ``num_negatives`` rows.
+
+    Args:
+        objective: "DFT" (6.69: summed scores, weights 1 / pi_ref) or "DFT2" (6.71: scores
+            averaged over tokens, no reference).
+        gamma: gamma in (0, 1], weight of the new mini-batch value; by default the objective's.
+        gamma_decay_epochs: E > 0 lets gamma fall from 1 to ``gamma`` over E epochs by a cosine.
+        tau: Temperature > 0; by default the objective's.
+        num_negatives: m, negatives per prompt and visit.
+        u_init: "one" (Algorithm 36) or "first_batch".
+        max_length: Longest prompt + completion in tokens; longer completions are cut and get no
+            end-of-sequence token.
+        refresh_negatives: k > 0 draws each mini-batch's negatives anew from the policy of at most
+            k steps ago; 0 uses the data set's.
+        inert_threshold: Warn once when the effective fraction of negatives exceeds it.
+    """
+
+    objective: str = field(default="DFT", metadata={"help": "DFT or DFT2."})
+    gamma: float | None = field(
+        default=None, metadata={"help": "gamma in (0, 1]: weight of the new value (0.85, 0.9)."}
+    )
+    gamma_decay_epochs: float = field(
+        default=0.0, metadata={"help": "E: cosine from 1 to gamma over E epochs; 0 is constant."}
+    )
+    tau: float | None = field(default=None, metadata={"help": "tau > 0 (1.0 for DFT, 0.3 for DFT2)."})
+    num_negatives: int = field(default=2, metadata={"help": "m: negatives per prompt and visit."})
+    u_init: str = field(default="one", metadata={"help": "u_0: one, or first_batch."})
+    max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion, tokens."})
+    refresh_negatives: int = field(
+        default=0, metadata={"help": "k: draw negatives from the policy of k steps ago; 0 is off."}
+    )
+    inert_threshold: float = field(
+        default=0.99, metadata={"help": "Warn when negatives weigh this equally (1 is uniform)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("DFT", "DFT2"):
+            raise ValueError(f'objective must be "DFT" or "DFT2", got {self.objective!r}')
+        if self.num_negatives < 0 or self.refresh_negatives < 0:
+            raise ValueError(
+                "num_negatives and refresh_negatives must not be negative, got "
+                f"{self.num_negatives} and {self.refresh_negatives}"
+            )
+        super().__post_init__()
+
+
+@dataclass
+class DisCOConfig(ScoreConfig):
+    """Settings of :class:`~llm_xrisk.trainers.DisCOTrainer` (Discriminative Constrained Optimization).
+
+    A batch size counts completions; ``per_device_train_batch_size`` x
+    ``gradient_accumulation_steps`` must be a multiple of ``num_generations``.
+
+    Args:
+        objective: "DisCO", or "GRPO", "DrGRPO", "DAPO" for comparison.
+        score: "log_likelihood" (log-L) or "likelihood_ratio" (L-ratio); DisCO only.
+        tau: Temperature of (6.82); 0 is (6.81), without it. The authors use 10 (log-L), 1 (L-ratio).
+        delta: Radius of the trust region: mean KL(old || new) per token.
+        kl_penalty: beta of (6.85) as the book prints it; 500 is the authors' 1e3 with their half.
+        kl_estimator: "k3" or "k1".
+        normalizer: "valid" averages over questions with right and wrong answers, "all" over all.
+        reward_threshold: Rewards at or above it are right; by default they must be 0 or 1.
+        max_prompt_length: Longer prompts are refused.
+    """
+
+    objective: str = field(default="DisCO", metadata={"help": "DisCO, GRPO, DrGRPO or DAPO."})
+    score: str = field(
+        default="log_likelihood", metadata={"help": "s: log_likelihood or likelihood_ratio."}
+    )
+    tau: float = field(default=10.0, metadata={"help": "tau > 0 of (6.82), or 0 for (6.81)."})
+    delta: float = field(default=1e-4, metadata={"help": "delta: KL radius per token."})
+    kl_penalty: float = field(default=500.0, metadata={"help": "beta of (6.85), as printed."})
+    kl_estimator: str = field(default="k3", metadata={"help": "k3 or k1."})
+    normalizer: str = field(default="valid", metadata={"help": "valid or all questions."})
+    reward_threshold: float | None = field(
+        default=None, metadata={"help": "Rewards at or above it count as right."}
+    )
+    max_prompt_length: int = field(default=1024, metadata={"help": "Longest prompt in tokens."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "AdamW's step size."})
+    lr_scheduler_type: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="constant", metadata={"help": "Schedule of the learning rate."}
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig(SamplingConfig):
+    """How completions are generated for training.
+
+    Args:
+        num_generations: Completions per question, at least 2.
+        updates_per_rollout: Optimizer steps on the completions of one rollout. The first sees the
+            policy that generated them, so the trust region acts from the second on.
+        rollout: Engine, "transformers" or "vllm".
+        generation_batch_size: Rows generated at once by the transformers engine.
+        refill_tokens: Tokens each process may spend, per rollout, on further questions in place of
+            those whose answers are all right or all wrong; 0 keeps them.
+        check_sync: Compare the engine's log-probs with the trainer's after each sync.
+        vllm_kwargs: For ``vllm.LLM``, as JSON.
+    """
+
+    temperature: float = field(default=0.6, metadata={"help": "Of sampling and of scoring, > 0."})
+    num_generations: int = field(default=8, metadata={"help": "Completions per question."})
+    updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps per rollout."})
+    rollout: str = field(default="transformers", metadata={"help": "transformers or vllm."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Rows generated at once."})
+    refill_tokens: int = field(
+        default=0, metadata={"help": "Token budget for replacing questions without a signal."}
+    )
+    check_sync: bool = field(default=True, metadata={"help": "Check the weights after a sync."})
+    vllm_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature == 0:
+            raise ValueError("temperature must be positive to train with, got 0 (greedy)")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2, got {self.num_generations}; a question is "
+                "learnt from by comparing its right answers with its wrong ones"
+            )
+        if self.updates_per_rollout < 1 or self.refill_tokens < 0:
+            raise ValueError(
+                "need updates_per_rollout >= 1 and refill_tokens >= 0, got "
+                f"{self.updates_per_rollout} and {self.refill_tokens}"
+            )
+
+    def sampling(self) -> SamplingConfig:
+        """The part that says how tokens are drawn."""
+        return SamplingConfig(
+            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
+        )

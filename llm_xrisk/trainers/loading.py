@@ -1,0 +1,80 @@
+"""Models, adapters and tokenizers as trainers are given them."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+_PEFT_HINT = 'LoRA needs peft: pip install "peft>=0.17"'
+
+
+def load_model(model: str | nn.Module, init_kwargs: dict[str, Any] | None, peft_config: Any) -> Any:
+    """Load a causal language model by name and put an adapter on it if asked to.
+
+    Args:
+        model: A path, a model, or a PEFT model.
+        init_kwargs: For ``from_pretrained``.
+        peft_config: An adapter's configuration, or None.
+
+    Raises:
+        ValueError: ``init_kwargs`` with a model that is loaded already, or an adapter on top of
+            one.
+        ImportError: peft is needed and missing.
+    """
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, **(init_kwargs or {}))
+    elif init_kwargs:
+        raise ValueError(
+            f"got model_init_kwargs={init_kwargs} and a model that is loaded already; pass the "
+            "model's name, or drop model_init_kwargs"
+        )
+    if peft_config is None:
+        return model
+    try:
+        from peft import PeftModel, get_peft_model
+    except ImportError as error:
+        raise ImportError(_PEFT_HINT) from error
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "got a PEFT model and a peft_config; pass the base model with the config, or the PEFT "
+            "model without"
+        )
+    return get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(processing_class: Any, model: Any) -> Any:
+    """The given tokenizer, or the model's own; it must know a pad token.
+
+    Raises:
+        ValueError: neither a pad nor an end-of-sequence token is defined.
+    """
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    if processing_class.pad_token_id is None:
+        if processing_class.eos_token is None:
+            raise ValueError("the tokenizer has neither pad nor eos token; set tokenizer.pad_token")
+        processing_class.pad_token = processing_class.eos_token
+    return processing_class
+
+
+def is_peft(model: Any) -> bool:
+    """Whether a model carries an adapter that can be switched off."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: scores are taken without dropout, gradients should be too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def fingerprint(model: PreTrainedModel | nn.Module) -> str:
+    """Short hash of a model's parameters: names, shapes and sums."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(repr(float(parameter.detach().to(torch.float64).sum())).encode())
+    return digest.hexdigest()

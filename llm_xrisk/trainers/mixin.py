@@ -1,0 +1,236 @@
+"""Score, weigh, backprop: how any objective of sequences trains any model under any layout.
+
+An objective needs the scores of whole groups and often of the whole mini-batch; a micro-batch
+holds fewer. So the two never meet. For each optimizer step:
+
+1. score: the scalars of every row, without graph, in micro-batches of any layout;
+2. weigh: the objective on all of them gives the derivative of the loss in each scalar;
+3. backprop: micro-batch by micro-batch, backward of the sum of derivative times scalar.
+
+Loss and gradient then depend on nothing but the rows. The first pass costs a forward; it is left
+out where the whole mini-batch is one micro-batch, where the scores are known already, and where
+an objective is a mean over groups that no micro-batch splits.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from llm_xrisk.data.collators import select_rows
+from llm_xrisk.fcco import join
+from llm_xrisk.models import TokenLogProbs, token_log_probs
+from llm_xrisk.objectives import ObjectiveOutput, SequenceObjective
+from llm_xrisk.rollout.scoring import evaluation_mode
+from llm_xrisk.trainers.callbacks import EpochCallback
+from llm_xrisk.trainers.checkpoint import last_complete_checkpoint, load_objective, save_objective
+
+Batch = dict[str, Any]
+_ROW_COLUMNS = ("index", "group", "length", "ref_log_likelihood")
+
+
+class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
+    """Mixin for ``transformers.Trainer``; a trainer names the objective and feeds it rows.
+
+    Batches are dictionaries of rows: input_ids, attention_mask, completion_mask (R, T), keep,
+    targets (R,), and where they apply index, group, ref_log_likelihood (R,) and old_log_probs
+    (R, keep). The objective lives outside the model's wrapper, on the device of the scores; its
+    state is saved as ``objective.safetensors`` beside the optimizer's.
+
+    Attributes:
+        objective: The objective, on the trainer's device.
+        temperature: Of the policy that is scored.
+        mean_over_groups: Whether the loss is a mean over groups that micro-batches keep whole.
+    """
+
+    objective: SequenceObjective
+    temperature: float = 1.0
+    mean_over_groups: bool = False
+
+    # losses are those of the whole mini-batch: nothing divides them by the accumulation steps
+    loss_is_scaled_for_ga = True
+
+    def setup_objective(self, objective: SequenceObjective) -> None:
+        """Take the objective; call after ``Trainer.__init__``."""
+        self.objective = objective.to(self.args.device)
+        parameters = inspect.signature(type(objective).forward).parameters
+        self._row_columns = [name for name in _ROW_COLUMNS if name in parameters]
+        self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
+        # transformers < 5.19 asks these two instead of loss_is_scaled_for_ga
+        self.model_accepts_loss_kwargs = False
+        self.compute_loss_func = _unused_loss
+        self.add_callback(EpochCallback(self))
+
+    # -- the three steps ---------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """Fetch the micro-batches of one optimizer step and weigh their rows."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._prepare_inputs(b) for b in self.mini_batch(batches)]
+        if len(batches) > 1 or any("row_scores" in b for b in batches):
+            shares = self._group_shares(batches) if self.mean_over_groups else None
+            if shares is None:
+                batches = self._weigh(batches)
+            else:
+                batches = [b | {"share": share} for b, share in zip(batches, shares, strict=True)]
+        return batches, None
+
+    def mini_batch(self, batches: list[Any]) -> list[Batch]:
+        """Turn what the data loader gave for one optimizer step into batches of rows."""
+        return batches
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The objective itself where a batch is whole, else the weighted sum of its scores."""
+        self.objective.train(model.training)
+        rows = self.row_scores(model, inputs)
+        if "coefficients" not in inputs:
+            output = self._objective_of(rows, inputs)
+            self.record(dict(output.metrics), "train" if model.training else "eval")
+            loss = output.loss * inputs.get("share", 1.0)
+        else:
+            weighted = [(inputs["coefficients"][name] * rows[name]).sum() for name in rows]
+            surrogate = torch.stack(weighted).sum()
+            # the value of the objective, the gradient of the weighted scores
+            loss = surrogate + (inputs["loss_value"] - surrogate).detach()
+        return (loss, rows) if return_outputs else loss
+
+    def row_scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The differentiable scalars of each row, by the names the objective takes them."""
+        tokens = self.token_log_probs(model, batch)
+        return self.objective.row_scores(
+            tokens.log_probs, tokens.mask, batch.get("old_log_probs"), batch["targets"]
+        )
+
+    def token_log_probs(self, model: nn.Module, batch: Batch, **options: Any) -> TokenLogProbs:
+        """Log-probabilities of the batch's completion tokens under ``model``."""
+        return token_log_probs(
+            model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["completion_mask"],
+            keep=batch["keep"],
+            temperature=self.temperature,
+            **options,
+        )
+
+    @torch.no_grad()
+    def _weigh(self, batches: list[Batch]) -> list[Batch]:
+        self.objective.train()
+        with evaluation_mode(self.model_wrapped), self.compute_loss_context_manager():
+            scored = [b.get("row_scores") or self.row_scores(self.model_wrapped, b) for b in batches]
+        names = list(scored[0])
+        rows = {n: torch.cat([s[n] for s in scored]).detach().requires_grad_() for n in names}
+        columns = [n for n in ("targets", "length", *self._row_columns) if n in batches[0]]
+        merged = {n: torch.cat([b[n] for b in batches]) for n in columns}
+        with torch.enable_grad():
+            output = self._objective_of(rows, merged)
+            grads = torch.autograd.grad(output.loss, list(rows.values()), allow_unused=True)
+        self.record(dict(output.metrics), "train")
+        sizes = [b["targets"].shape[0] for b in batches]
+        split = {
+            n: (torch.zeros_like(rows[n]) if g is None else g).split(sizes)
+            for n, g in zip(names, grads, strict=True)
+        }
+        value = output.loss.detach() / len(batches)
+        return [
+            _without_inert_rows(b | {"coefficients": {n: split[n][k] for n in names}})
+            | {"loss_value": value}
+            for k, b in enumerate(batches)
+        ]
+
+    def _objective_of(self, rows: dict[str, Tensor], batch: Batch) -> ObjectiveOutput:
+        extra = {name: batch[name] for name in self._row_columns if name in batch}
+        return self.objective(targets=batch["targets"], **rows, **extra)
+
+    def _group_shares(self, batches: list[Batch]) -> list[Tensor] | None:
+        """Each batch's share of the groups, or None where a sample stands in two batches."""
+        counts = [(b["targets"] > 0.5).sum() for b in batches]
+        numbered = [torch.full_like(b["index"], k) for k, b in enumerate(batches)]
+        index, number = join(torch.cat([b["index"] for b in batches]), torch.cat(numbered))
+        order = torch.argsort(index, stable=True)
+        split = (index[order][1:] == index[order][:-1]) & (number[order][1:] != number[order][:-1])
+        total = torch.stack(counts).unsqueeze(0)
+        total = join(total)[0].sum(0).to(torch.float32)
+        if bool(split.any()):
+            return None
+        return list(total / total.sum().clamp(min=1))
+
+    # -- evaluation, metrics -----------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The objective of an evaluation batch; the training state is left alone."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as ``Trainer`` does and add the objective's metrics."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        averages = self._averages("eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in averages.items()})
+        return output
+
+    def record(self, metrics: dict[str, Tensor], mode: str = "train") -> None:
+        """Keep metrics of this step; the next log line shows their mean."""
+        for name, value in metrics.items():
+            self._recorded[mode].setdefault(name, []).append(value.detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the metrics recorded since the last training line."""
+        if "loss" in logs:
+            logs = logs | self._averages("train")
+        super().log(logs, start_time)
+
+    def _averages(self, mode: str) -> dict[str, float]:
+        recorded, self._recorded[mode] = self._recorded[mode], {}
+        return {n: float(torch.stack([v.float() for v in vs]).mean()) for n, vs in recorded.items()}
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` takes the last checkpoint written in full."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:  # replicas hold equal state
+            save_objective(self.objective, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_objective(self.objective, checkpoint)
+
+
+def _without_inert_rows(batch: Batch) -> Batch:
+    """Drop rows whose derivatives are all zero: they cost a backward pass and change nothing."""
+    active = torch.stack([c != 0 for c in batch["coefficients"].values()]).any(0)
+    rows = active.nonzero().squeeze(-1)
+    if len(rows) == len(active):
+        return batch
+    if len(rows) == 0:  # every process runs the same number of backward passes
+        rows = torch.zeros(1, dtype=torch.long, device=active.device)
+    return select_rows(batch, rows)
+
+
+def _unused_loss(*args: Any, **kwargs: Any) -> Tensor:
+    raise TypeError("the objective computes the loss; see ScoreWeighBackprop.compute_loss")
+
+

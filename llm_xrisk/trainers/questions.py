@@ -1,0 +1,138 @@
+"""Which questions come next, and what their answers are worth."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+RewardFunction = Callable[..., Any]
+
+
+class QuestionStream:
+    """An endless stream of data set rows: one permutation after another.
+
+    The position is the whole state, so a run that was stopped goes on where it was.
+
+    Example:
+        >>> stream = QuestionStream(rows=3, seed=0)
+        >>> sorted(stream.draw(3)), stream.position
+        ([0, 1, 2], 3)
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.position = rows, seed, 0
+        self._pass, self._order = -1, list[int]()
+
+    def draw(self, count: int) -> list[int]:
+        """The next ``count`` row numbers."""
+        drawn = [self._at(self.position + k) for k in range(count)]
+        self.position += count
+        return drawn
+
+    def _at(self, position: int) -> int:
+        number, offset = divmod(position, self.rows)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            self._order = torch.randperm(self.rows, generator=generator).tolist()
+            self._pass = number
+        return self._order[offset]
+
+
+@dataclass
+class Grades:
+    """What a batch of completions is worth.
+
+    Attributes:
+        targets: 1.0 right, 0.0 wrong, NaN where the question cannot be graded.
+        rewards: Mean over graded completions, by function.
+        metrics: What the functions reported through ``log_metric``.
+    """
+
+    targets: list[float]
+    rewards: dict[str, float] = field(default_factory=dict[str, float])
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class Grader:
+    """Calls reward functions with TRL's signature and turns their sum into right and wrong.
+
+    ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``, plain or async;
+    data set columns come repeated, one entry per completion. None means that the question cannot
+    be graded.
+
+    Args:
+        functions: Reward functions.
+        weights: One per function, 1 by default.
+        threshold: Sums at or above it are right; None requires sums of 0 or 1.
+        decode: Token ids to text.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float] | None,
+        threshold: float | None,
+        decode: Callable[[list[int]], str],
+    ) -> None:
+        if not functions:
+            raise ValueError("reward_funcs is empty; pass at least one verifier")
+        if weights is not None and len(weights) != len(functions):
+            raise ValueError(f"got {len(weights)} reward_weights for {len(functions)} reward_funcs")
+        self.functions = list(functions)
+        self.weights = list(weights or [1.0] * len(functions))
+        self.threshold, self.decode = threshold, decode
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], completion_ids: list[list[int]], state: Any
+    ) -> Grades:
+        """Grade one completion per row.
+
+        Raises:
+            ValueError: a function returned another number of rewards, or they are not binary.
+        """
+        prompts = [row["prompt"] for row in rows]
+        texts: list[Any] = [self.decode(ids) for ids in completion_ids]
+        if isinstance(prompts[0], list):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        grades = Grades([])
+        totals = [0.0] * len(rows)
+        for function, weight in zip(self.functions, self.weights, strict=True):
+            name = getattr(function, "__name__", type(function).__name__)
+            values = function(
+                prompts=prompts,
+                completions=texts,
+                completion_ids=completion_ids,
+                trainer_state=state,
+                log_metric=lambda key, value: grades.metrics.__setitem__(str(key), float(value)),
+                log_extra=lambda key, value: None,
+                **columns,
+            )
+            values = asyncio.run(values) if inspect.isawaitable(values) else values
+            if len(values) != len(rows):
+                raise ValueError(
+                    f"{name} returned {len(values)} rewards for {len(rows)} completions; it must "
+                    "return one per completion, None where the question cannot be graded"
+                )
+            known = [math.nan if value is None else float(value) for value in values]
+            graded = [value for value in known if not math.isnan(value)]
+            grades.rewards[name] = sum(graded) / len(graded) if graded else math.nan
+            totals = [total + weight * value for total, value in zip(totals, known, strict=True)]
+        grades.targets = [self._binary(total) for total in totals]
+        return grades
+
+    def _binary(self, total: float) -> float:
+        if math.isnan(total):
+            return total
+        if self.threshold is not None:
+            return float(total >= self.threshold)
+        if total not in (0.0, 1.0):
+            raise ValueError(
+                f"the rewards of a completion sum to {total}; right and wrong need 0 or 1. Set "
+                "reward_threshold (for example 0.5), or keep format and length rewards apart"
+            )
+        return total
