@@ -1,4 +1,4 @@
-"""What every test shares: a quiet, offline, single-threaded process, fixed seeds, the shipped model."""
+"""What every test shares: a quiet, offline, single-threaded process, seeds, the shipped model."""
 
 import os
 
@@ -81,9 +81,9 @@ def run(command: list[str], *, timeout: float = 240) -> str:
 
 @pytest.fixture
 def accelerate_launch() -> Callable[..., str]:
-    """Launch a script under one of ``accelerate_configs``: ``accelerate_launch("cpu", script, "--x")``.
+    """Launch a script under one of ``accelerate_configs``: ``launch("cpu", script, "--x", "1")``.
 
-    ``launch_arguments`` go to ``accelerate launch`` and override the YAML's. Returns stdout and stderr.
+    ``launch_arguments`` go to ``accelerate launch`` and override the YAML. Returns its output.
     """
 
     def launch(

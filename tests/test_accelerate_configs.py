@@ -1,4 +1,4 @@
-"""Every launch configuration parses; those that run without a GPU start the processes they promise."""
+"""Every launch configuration parses; those that need no GPU start the processes they promise."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ KINDS = {
 ON_CPU = ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")
 GLOO = ("--use_cpu", "true")
 ZERO = ("--ddp_backend", "gloo")
-# configuration, launch arguments that fit it to this machine, training arguments, what wraps the model
+# configuration, launch arguments that fit it to a CPU, training arguments, wrapper, ZeRO stage
 RUNNABLE = [
     ("cpu", (), GLOO, "DistributedDataParallel", None),
     ("zero1", ON_CPU, ZERO, "DeepSpeedEngine", 1),
@@ -37,18 +37,10 @@ def reports(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
-def train(
-    accelerate_launch, folder: Path, config: str, launch: tuple, training: tuple
-) -> list[dict]:
-    common = "--max_steps 2 --logging_steps 1 --save_strategy no --report_to none".split()
-    accelerate_launch(
-        config,
-        SCRIPT,
-        *("--output_dir", str(folder), "--per_device_train_batch_size", "2"),
-        *common,
-        *training,
-        launch_arguments=launch,
-    )
+def train(launcher, folder: Path, config: str, launch: tuple, training: tuple) -> list[dict]:
+    steps = ("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "2")
+    output = ("--output_dir", str(folder), "--save_strategy", "no", "--report_to", "none")
+    launcher(config, SCRIPT, *steps, *output, *training, launch_arguments=launch)
     return reports(folder)
 
 

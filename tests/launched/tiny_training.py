@@ -1,4 +1,4 @@
-"""Two steps of a tiny model under whatever launched it; every rank writes what it believes it ran in."""
+"""Two steps of a tiny model; every rank writes down what it believes it ran in."""
 
 import json
 from pathlib import Path
