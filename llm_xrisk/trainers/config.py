@@ -160,10 +160,16 @@ class DisCOConfig(ScoreConfig):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(SamplingConfig):
+class RolloutConfig:
     """How completions are generated for training.
 
+    Keep top_p = 1 and top_k = 0: the scores are those of the untruncated policy.
+
     Args:
+        max_new_tokens: Longest completion.
+        temperature: Of sampling and of scoring, > 0.
+        top_p: Nucleus, in (0, 1].
+        top_k: Likeliest tokens only; 0 is off.
         num_generations: Completions per question, at least 2.
         updates_per_rollout: Optimizer steps on the completions of one rollout. The first sees the
             policy that generated them, so the trust region acts from the second on.
@@ -171,11 +177,16 @@ class RolloutConfig(SamplingConfig):
         generation_batch_size: Rows generated at once by the transformers engine.
         refill_tokens: Tokens each process may spend, per rollout, on further questions in place of
             those whose answers are all right or all wrong; 0 keeps them.
-        check_sync: Compare the engine's log-probs with the trainer's after each sync.
         vllm_kwargs: For ``vllm.LLM``, as JSON.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
-    temperature: float = field(default=0.6, metadata={"help": "Of sampling and of scoring, > 0."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion in tokens."})
+    temperature: float = field(default=0.6, metadata={"help": "Of sampling and scoring, > 0."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus in (0, 1]; 1 is unbiased."})
+    top_k: int = field(default=0, metadata={"help": "Likeliest tokens only; 0 is off, unbiased."})
     num_generations: int = field(default=8, metadata={"help": "Completions per question."})
     updates_per_rollout: int = field(default=4, metadata={"help": "Optimizer steps per rollout."})
     rollout: str = field(default="transformers", metadata={"help": "transformers or vllm."})
@@ -183,13 +194,12 @@ class RolloutConfig(SamplingConfig):
     refill_tokens: int = field(
         default=0, metadata={"help": "Token budget for replacing questions without a signal."}
     )
-    check_sync: bool = field(default=True, metadata={"help": "Check the weights after a sync."})
-    vllm_kwargs: dict[str, Any] | None = field(
+    vllm_kwargs: str | None = field(
         default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON."}
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.sampling(0)  # checks the part that says how tokens are drawn
         if self.temperature == 0:
             raise ValueError("temperature must be positive to train with, got 0 (greedy)")
         if self.num_generations < 2:
@@ -203,8 +213,6 @@ class RolloutConfig(SamplingConfig):
                 f"{self.updates_per_rollout} and {self.refill_tokens}"
             )
 
-    def sampling(self) -> SamplingConfig:
-        """The part that says how tokens are drawn."""
-        return SamplingConfig(
-            self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed
-        )
+    def sampling(self, seed: int) -> SamplingConfig:
+        """How tokens are drawn, for an engine."""
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)

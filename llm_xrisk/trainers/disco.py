@@ -1,5 +1,6 @@
 """Discriminative constrained optimization as a trainer: rollouts, verifiers, updates."""
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
     def engine(self) -> RolloutEngine:
         """The rollout engine, built when it is first asked for."""
         if self._engine is None:
-            config, options = self.rollout, dict(self.rollout.vllm_kwargs or {})
+            config, options = self.rollout, json.loads(self.rollout.vllm_kwargs or "{}")
             if config.rollout == "transformers":
                 collective = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
                 options = {"batch_size": config.generation_batch_size, "synced_gpus": collective}
@@ -210,7 +211,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         rows: list[Any] = [data[q] for q in questions]  # pyright: ignore[reportOptionalSubscript]
         batch = self.engine.generate(
             [self._encode(q, row) for q, row in zip(questions, rows, strict=True)],
-            self.rollout.sampling(),
+            self.rollout.sampling(self.args.seed),
             sample_ids=[int(row.get("index", q)) for q, row in zip(questions, rows, strict=True)],
             num_generations=count,
         )
@@ -318,7 +319,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         self.engine.sync(self.model_wrapped, version=self.state.global_step)
         batch = self.engine.generate(
             [encode_prompt(self.processing_class, row["prompt"]) for row in rows],
-            self.rollout.sampling(),
+            self.rollout.sampling(self.args.seed),
             sample_ids=list(range(rank * share, rank * share + share)),
             num_generations=self.rollout.num_generations,
         )
