@@ -142,7 +142,7 @@ def masked_logmeanexp(values: Tensor, mask: Tensor) -> Tensor:
     empty = ~mask.any(-1, keepdim=True)
     filled = torch.where(mask, values, torch.where(empty, 0.0, float("-inf")).to(values.dtype))
     count = mask.sum(-1).clamp(min=1)
-    result = torch.logsumexp(filled, -1) - count.log()
+    result = torch.logsumexp(filled, -1) - count.to(values.dtype).log()
     return result.masked_fill(empty.squeeze(-1), float("-inf"))
 
 

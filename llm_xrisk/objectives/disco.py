@@ -144,7 +144,7 @@ class DisCO(SequenceObjective):
         valid = pairs.any(-1)
         # each right answer weighs 1 / (number of right answers): a valid question weighs 1
         share = valid.to(scores.dtype) / (same & right[None, :]).sum(-1).clamp(min=1)
-        questions = (1.0 / same.sum(-1)).sum().to(scores.dtype)
+        questions = same.sum(-1).to(scores.dtype).reciprocal().sum()
         divisor = share.sum() if self.normalizer == "valid" else questions
         loss = (torch.where(valid, inner, 0.0) * share).sum() / divisor.clamp(min=1)
         with torch.no_grad():
