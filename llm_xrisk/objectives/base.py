@@ -146,6 +146,16 @@ def masked_logmeanexp(values: Tensor, mask: Tensor) -> Tensor:
     return result.masked_fill(empty.squeeze(-1), float("-inf"))
 
 
+def widened(rows: Tensor) -> Tensor:
+    """``rows`` in float32 or wider: sums over pairs of bfloat16 scores lose what they compare.
+
+    Example:
+        >>> widened(torch.tensor([1.0], dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 def require_index(name: str, index: Tensor | None) -> Tensor:
     """Return ``index`` or raise the error that shows how to get one."""
     if index is None:

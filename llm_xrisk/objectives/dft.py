@@ -5,7 +5,13 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator, join
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_logmeanexp, masked_mean, require_index
+from llm_xrisk.objectives.base import (
+    ObjectiveOutput,
+    masked_logmeanexp,
+    masked_mean,
+    require_index,
+    widened,
+)
 from llm_xrisk.objectives.scores import SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective, effective_fraction, same_group
 
@@ -96,7 +102,7 @@ class DFT(SequenceObjective):
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
         index = require_index(type(self).__name__, index)
-        scores, targets, index, ref = join(scores, targets, index, ref_log_likelihood)
+        scores, targets, index, ref = join(widened(scores), targets, index, ref_log_likelihood)
         exponent = self._exponent(scores, ref)
         gold, pairs = self._pairs(targets, index)
         log_g = masked_logmeanexp(exponent[None, :].expand(pairs.shape), pairs)  # (R,)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import join
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_logmeanexp, masked_mean
+from llm_xrisk.objectives.base import ObjectiveOutput, masked_logmeanexp, masked_mean, widened
 from llm_xrisk.objectives.scores import KL_TERMS, SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective, effective_fraction, same_group
 from llm_xrisk.objectives.surrogates import Surrogate, identity
@@ -108,7 +108,9 @@ class DisCO(SequenceObjective):
         index: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the penalised objective of the joined rows; see the class."""
-        scores, targets, group, kl, length = join(scores, targets, group, kl, length)
+        scores, targets, group, kl, length = join(
+            widened(scores), targets, group, kl if kl is None else widened(kl), length
+        )
         discriminative, metrics = self._discriminative(scores, targets, group)
         if kl is None or length is None:
             return ObjectiveOutput(discriminative, metrics)
