@@ -122,7 +122,7 @@ class DisCO(SequenceObjective):
             spread = (kl - mean_kl * length).square().sum().sqrt() / tokens
             metrics |= {
                 "objective": loss.detach(),
-                f"kl/{self.kl_estimator}": mean_kl,
+                f"kl/{self.kl_estimator}": mean_kl.detach(),
                 "kl/standard_error": spread,
                 "kl/multiplier": 2 * self.kl_penalty * excess,
                 "kl/violated": (mean_kl > self.delta).to(scores.dtype),
