@@ -121,6 +121,17 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def masked_max(values: Tensor, mask: Tensor) -> Tensor:
+    """Largest of ``values`` where ``mask``, and 0 where the mask is empty.
+
+    Example:
+        >>> masked_max(torch.tensor([-3.0, 5.0]), torch.tensor([True, False]))
+        tensor(-3.)
+    """
+    largest = torch.where(mask, values, float("-inf")).amax()
+    return torch.where(mask.any(), largest, torch.zeros_like(largest))
+
+
 def masked_logmeanexp(values: Tensor, mask: Tensor) -> Tensor:
     """Log of the mean of exp(values) over the last dimension where ``mask``.
 

@@ -8,6 +8,7 @@ from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     ObjectiveOutput,
     masked_logmeanexp,
+    masked_max,
     masked_mean,
     require_index,
     widened,
@@ -115,7 +116,7 @@ class DFT(SequenceObjective):
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
-                "log_u/max": torch.where(anchors, log_u, float("-inf")).amax(),
+                "log_u/max": masked_max(log_u, anchors),
                 "negatives/weight": masked_mean(log_weight.exp(), anchors),
                 "negatives/effective_fraction": masked_mean(fraction, anchors),
                 "score/gold": masked_mean(scores, gold),
