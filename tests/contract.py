@@ -1,0 +1,384 @@
+"""What every objective promises. A test file subclasses the contract and gives its worked example."""
+
+import copy
+import inspect
+import io
+import pickle
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_xrisk.objectives import Objective, ObjectiveOutput
+from tests.gloo import GlooPool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a mini-batch; ``leaves`` are those with a gradient."""
+
+    scores: Tensor
+    targets: Tensor
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ("scores",)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scores": self.scores, "targets": self.targets, **self.groups}
+
+    def map(self, change: Any) -> "Batch":
+        """Apply ``change(name, tensor)`` to every tensor."""
+        new = {name: change(name, tensor) for name, tensor in self.tensors().items()}
+        return replace(self, scores=new.pop("scores"), targets=new.pop("targets"), groups=new)
+
+    def rows(self, selection: Any) -> "Batch":
+        return self.map(lambda name, tensor: tensor[selection])
+
+    def scaled(self, factor: float) -> "Batch":
+        return self.map(lambda name, t: t * factor if name in self.leaves else t)
+
+    def to(self, kind: Any) -> "Batch":
+        """Cast the floating-point rows, or move all of them."""
+        return self.map(
+            lambda name, t: t.to(kind) if isinstance(kind, str) or t.is_floating_point() else t
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+def evaluate(objective: Objective, batch: Batch) -> Result:
+    """Loss, gradients in the leaves, metrics."""
+    tensors = {
+        name: t.detach().clone().requires_grad_(name in batch.leaves)
+        for name, t in batch.tensors().items()
+    }
+    leaves = [tensors[name] for name in batch.leaves]
+    output: ObjectiveOutput = objective(**tensors)
+    gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
+    named = dict(zip(batch.leaves, gradients, strict=True))
+    return Result(output.loss.detach(), named, dict(output.metrics))
+
+
+def state(objective: Objective) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in objective.state_dict().items()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=tolerance, atol=tolerance)
+
+
+def exact_loss(objective: Objective, batch: Batch) -> Tensor:
+    """The objective's ``exact`` on the tensors it takes."""
+    taken = inspect.signature(objective.exact).parameters
+    return objective.exact(**{name: t for name, t in batch.tensors().items() if name in taken})
+
+
+def distributed_steps(
+    rank: int, contract: "type[ObjectiveContract]", bounds: list[int]
+) -> dict[str, Any]:
+    """Three steps of one rank, which holds the rows bounds[rank] to bounds[rank + 1]."""
+    return ObjectiveContract.summary(contract(), slice(bounds[rank], bounds[rank + 1]))
+
+
+class ObjectiveContract:
+    """Inherited tests; ``reference`` is one step of the loops in ``tests/reference``."""
+
+    objective_class: ClassVar[type[Objective]]
+    options: ClassVar[dict[str, Any]] = {}
+    num_samples: ClassVar[int] = 12
+
+    def build(self, **overrides: Any) -> Objective:
+        """An objective in float64 with gamma = 0.3 where it has a state, both to be overridden."""
+        taken = inspect.signature(self.objective_class).parameters
+        defaults = {"num_samples": self.num_samples, "gamma": 0.3, "state_dtype": torch.float64}
+        options = {name: value for name, value in defaults.items() if name in taken}
+        options |= self.options
+        return self.objective_class(
+            **options | {name: value for name, value in overrides.items() if name in taken}
+        )
+
+    def make_batch(self, generator: torch.Generator) -> Batch:
+        """A float64 batch with repeated samples, its rows in no particular order."""
+        raise NotImplementedError
+
+    def reference(
+        self, batch: Batch, u: dict[int, Any], gamma: float
+    ) -> tuple[float, dict[str, Any]]:
+        """Loss and gradients of one step of the loops; ``u`` is updated in place."""
+        raise NotImplementedError
+
+    def tracked(self, objective: Objective) -> dict[int, Any]:
+        """The state of the visited samples, as the loops keep it."""
+        return {}
+
+    def degenerate(self, batch: Batch) -> list[Batch]:
+        """Batches without a pair."""
+        zero, one = torch.zeros_like(batch.targets), torch.ones_like(batch.targets)
+        return [replace(batch, targets=zero), replace(batch, targets=one)]
+
+    def batches(self, count: int, seed: int = 0) -> list[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        return [self.make_batch(generator) for _ in range(count)]
+
+    def summary(self, selection: slice) -> dict[str, Any]:
+        """Losses, gradients and final state of three steps, as arrays."""
+        objective = self.build()
+        results = [evaluate(objective, batch.rows(selection)) for batch in self.batches(3)]
+        return {
+            "loss": [float(result.loss) for result in results],
+            "gradients": [{k: v.numpy() for k, v in r.gradients.items()} for r in results],
+            "state": {name: value.numpy() for name, value in objective.state_dict().items()},
+        }
+
+    def test_worked_example(self) -> None:
+        """Values written as arithmetic that a reader can redo."""
+        raise NotImplementedError
+
+    def test_value_gradient_and_state_equal_the_loops(self) -> None:
+        objective, u = self.build(), dict[int, Any]()
+        for batch in self.batches(4):
+            result = evaluate(objective, batch)
+            loss, gradients = self.reference(batch, u, 0.3)
+            assert float(result.loss) == pytest.approx(loss, rel=1e-10, abs=1e-12)
+            for name, got in result.gradients.items():
+                want = torch.tensor(gradients[name], dtype=torch.float64)
+                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        got = self.tracked(objective)
+        assert got.keys() == u.keys()
+        for sample, value in u.items():
+            assert got[sample] == pytest.approx(value, rel=1e-10)
+
+    def test_gamma_one_is_the_minibatch_loss(self) -> None:
+        objective = self.build(gamma=1.0, u_init="first_batch")
+        for batch in self.batches(2):  # the second finds a state and must ignore it
+            batch = replace(batch, groups={k: v for k, v in batch.groups.items() if k != "kl"})
+            leaves = tuple(name for name in batch.leaves if name != "kl")
+            batch = replace(batch, leaves=leaves).rows(self.distinct(batch))
+            result = evaluate(objective, batch)
+            copies = batch.map(lambda name, t: t.clone().requires_grad_() if name in leaves else t)
+            loss = exact_loss(objective, copies)
+            gradients = torch.autograd.grad(loss, [copies.tensors()[name] for name in leaves])
+            torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-12)
+            for name, want in zip(leaves, gradients, strict=True):
+                torch.testing.assert_close(result.gradients[name], want, rtol=1e-10, atol=1e-12)
+
+    def distinct(self, batch: Batch) -> Tensor:
+        """Rows without the repeated samples; all of them where a repetition changes nothing."""
+        return torch.arange(len(batch.targets))
+
+    def test_eval_leaves_the_state_alone(self) -> None:
+        first, second = self.batches(2)
+        objective = self.build()
+        evaluate(objective, first)
+        before = state(objective)
+        value = evaluate(objective.eval(), second).loss
+        assert_same(state(objective), before)
+        fresh = evaluate(self.build(gamma=1.0), second).loss
+        torch.testing.assert_close(value, fresh, rtol=1e-12, atol=1e-12)
+
+    def test_unvisited_samples_keep_their_state(self) -> None:
+        objective = self.build()
+        before = state(objective)
+        batch = self.batches(1)[0]
+        evaluate(objective, batch)
+        unseen = (
+            sorted(set(range(self.num_samples)) - set(batch.groups["index"].tolist()))
+            if (before and "index" in batch.groups)
+            else []
+        )
+        assert not before or unseen, "the batch should leave some sample unvisited"
+        for name, value in state(objective).items():
+            assert torch.equal(value[unseen], before[name][unseen])
+            assert not torch.equal(value, before[name])
+
+    def test_state_survives_every_way_of_copying(self) -> None:
+        objective = self.build()
+        first, second = self.batches(2)
+        evaluate(objective, first)
+        buffer = io.BytesIO()
+        torch.save(objective.state_dict(), buffer)
+        buffer.seek(0)
+        loaded = self.build()
+        loaded.load_state_dict(torch.load(buffer, weights_only=True))
+        copies = [loaded, copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))]
+        want = evaluate(objective, second)
+        for other in copies:
+            got = evaluate(other, second)
+            assert torch.equal(got.loss, want.loss)
+            assert_same(state(other), state(objective))
+
+    def test_five_steps_and_five_more_are_ten(self) -> None:
+        batches = self.batches(10)
+        whole, weights = self.train(self.build(), batches, None)
+        half, middle = self.train(self.build(), batches[:5], None)
+        resumed = self.build()
+        resumed.load_state_dict(half.state_dict())
+        resumed, last = self.train(resumed, batches[5:], middle)
+        assert_same(last, weights)
+        assert_same(state(resumed), state(whole))
+
+    @staticmethod
+    def train(
+        objective: Objective, batches: list[Batch], weights: dict[str, Tensor] | None
+    ) -> tuple[Objective, dict[str, Tensor]]:
+        """Gradient descent on an offset of every leaf."""
+        weights = dict(weights or {name: torch.zeros(()) for name in batches[0].leaves})
+        for batch in batches:
+            moved = batch.map(lambda name, t: t + weights[name] * t if name in weights else t)
+            result = evaluate(objective, moved)
+            for name, gradient in result.gradients.items():
+                weights[name] = weights[name] - 0.1 * (gradient * batch.tensors()[name]).sum()
+        return objective, weights
+
+    def test_row_order_does_not_matter(self) -> None:
+        one, other = self.build(), self.build()
+        for batch in self.batches(3):
+            order = torch.randperm(len(batch.targets))
+            want, got = evaluate(one, batch), evaluate(other, batch.rows(order))
+            torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=1e-12)
+            permuted = {name: value[order] for name, value in want.gradients.items()}
+            assert_same(got.gradients, permuted, 1e-12)
+        assert_same(state(other), state(one), 1e-12)
+
+    def test_a_batch_given_twice_is_the_same_batch(self) -> None:
+        one, other = self.build(), self.build()
+        for batch in self.batches(2):
+            count = len(batch.targets)
+            twice = batch.rows(torch.arange(count).repeat(2))
+            want, got = evaluate(one, batch), evaluate(other, twice)
+            torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=1e-12)
+            summed = {name: g[:count] + g[count:] for name, g in got.gradients.items()}
+            assert_same(summed, want.gradients, 1e-12)
+        assert_same(state(other), state(one), 1e-12)
+
+    @pytest.mark.parametrize("size", [1e4, -1e4])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_huge_scores_stay_finite(self, size: float, dtype: torch.dtype) -> None:
+        objective = self.build(state_dtype=dtype)
+        for batch in self.batches(3):
+            result = evaluate(objective, batch.scaled(size).to(dtype))
+            assert result.loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+        visited = {name: value for name, value in state(objective).items() if name.endswith("u")}
+        assert all(value.isfinite().all() for value in visited.values())
+
+    def test_a_batch_without_pairs_is_harmless(self) -> None:
+        objective = self.build()
+        evaluate(objective, self.batches(1)[0])
+        before = state(objective)
+        for batch in self.degenerate(self.batches(1)[0]):
+            result = evaluate(objective, batch)
+            assert result.loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+            assert all(value.isfinite().all() for value in result.metrics.values())
+            assert_same(state(objective), before)
+
+    def test_bfloat16_rows_are_computed_and_tracked_in_float32(self) -> None:
+        rounded = self.build(state_dtype=torch.float32).to(torch.bfloat16)
+        precise = self.build(state_dtype=torch.float32)
+        for batch in self.batches(3):
+            short = batch.to(torch.bfloat16)
+            got, want = evaluate(rounded, short), evaluate(precise, short.to(torch.float32))
+            assert got.loss.dtype == torch.float32
+            torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+            for name, gradient in got.gradients.items():
+                expected = want.gradients[name].to(torch.bfloat16)
+                torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-5)
+        floats = [v for v in rounded.buffers() if v.is_floating_point()]
+        assert all(value.dtype == torch.float32 for value in floats)
+        assert_same(state(rounded), state(precise), 1e-5)
+
+    @pytest.mark.dist
+    @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.75, 0.25), (1.0, 0.0)])
+    def test_two_processes_are_one(self, gloo_pool: GlooPool, shares: tuple[float, ...]) -> None:
+        self.assert_ranks_equal_one_process(gloo_pool, shares)
+
+    def assert_ranks_equal_one_process(self, pool: GlooPool, shares: tuple[float, ...]) -> None:
+        rows, world = len(self.batches(1)[0].targets), len(shares)
+        bounds = [round(rows * sum(shares[:rank])) for rank in range(world + 1)]
+        want = self.summary(slice(None))
+        ranks = pool.run(world, distributed_steps, type(self), bounds)
+        for rank, got in enumerate(ranks):
+            local = slice(bounds[rank], bounds[rank + 1])
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-12)
+            for name, value in want["state"].items():
+                assert got["state"][name] == pytest.approx(value, rel=1e-12), name
+            for mine, whole in zip(got["gradients"], want["gradients"], strict=True):
+                for name, gradient in whole.items():
+                    expected = world * gradient[local]  # data parallelism averages over ranks
+                    assert mine[name] == pytest.approx(expected, rel=1e-10, abs=1e-14)
+
+    compile_backend: ClassVar[str] = "aot_eager"
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_compiles_to_one_graph_with_equal_results(self) -> None:
+        torch._dynamo.reset()
+        eager = self.build(state_dtype=torch.float32)
+        compiled = self.build(state_dtype=torch.float32)
+        graph = torch.compile(compiled, fullgraph=True, backend=self.compile_backend)
+        for batch in self.batches(2):
+            batch = batch.to(torch.float32)
+            want, got = evaluate(eager, batch), evaluate(graph, batch)
+            torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+            assert_same(got.gradients, want.gradients, 1e-5)
+        assert_same(state(compiled), state(eager), 1e-5)
+
+    def test_forward_never_waits_for_the_device(self) -> None:
+        """On the meta device, reading a value or a data-dependent shape raises."""
+        objective = self.build(state_dtype=torch.float32).to("meta")
+        result = evaluate(objective, self.batches(1)[0].to(torch.float32).to("meta"))
+        assert result.loss.shape == ()
+        assert all(value.device.type == "meta" for value in result.metrics.values())
+
+    def test_metrics_are_detached_scalars(self) -> None:
+        metrics = evaluate(self.build(), self.batches(1)[0]).metrics
+        assert metrics
+        assert all(value.shape == () and not value.requires_grad for value in metrics.values())
+
+    def test_with_frozen_scores_the_value_approaches_the_exact_one(self) -> None:
+        objective = self.build()
+        start, frozen = self.batches(2)
+        evaluate(objective, replace(frozen, scores=start.scores))
+        want = evaluate(self.build(gamma=1.0), frozen).loss
+        gaps = [float(evaluate(objective, frozen).loss - want) for _ in range(80)]
+        assert abs(gaps[-1]) < 1e-10
+        assert abs(gaps[0]) > 1e-4 or not state(objective)
+
+    def test_a_missing_index_is_refused_with_the_way_out(self) -> None:
+        batch = self.batches(1)[0]
+        groups = {name: value for name, value in batch.groups.items() if name != "index"}
+        if self.build().num_samples is None:
+            assert evaluate(self.build(), replace(batch, groups=groups)).loss.isfinite()
+            return
+        with pytest.raises(ValueError, match=r"got no index.*with_index\(dataset\)"):
+            evaluate(self.build(), replace(batch, groups=groups))
+
+    def test_an_index_out_of_range_is_refused_with_the_way_out(self) -> None:
+        objective, batch = self.build(), self.batches(1)[0]
+        if objective.num_samples is None:
+            objective.check(targets=batch.targets, index=torch.tensor([10**9]))
+            return
+        for wrong in (self.num_samples, -1):
+            index = batch.groups["index"].clone()
+            index[0] = wrong
+            bad = replace(batch, groups=batch.groups | {"index": index})
+            with pytest.raises(IndexError, match=rf"{wrong}.*num_samples=12.*len\(train_dataset\)"):
+                evaluate(objective, bad)
+            with pytest.raises(IndexError, match=rf"{wrong}.*num_samples=12"):
+                objective.check(index=index)
+
+    def test_a_checkpoint_of_another_dataset_is_refused(self) -> None:
+        saved = self.build().state_dict()
+        if not saved:
+            self.build().load_state_dict(self.build().state_dict())
+            return
+        with pytest.raises(ValueError, match=r"num_samples=12.*num_samples=5"):
+            self.build(num_samples=5).load_state_dict(saved)

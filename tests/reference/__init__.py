@@ -1,0 +1,1 @@
+"""Each algorithm of the book as loops over Python floats, sharing no code with the package."""
