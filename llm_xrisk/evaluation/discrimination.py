@@ -44,7 +44,9 @@ def auc_per_prompt(
             prompts, completions = zip(*jobs[start : start + batch_size], strict=True)
             batch = pad_rows(prompts, completions, pad_token_id=pad_token_id)
             keep = batch.pop("keep")
-            tokens = token_log_probs(model, **{k: v.to(device) for k, v in batch.items()}, keep=keep)
+            tokens = token_log_probs(
+                model, **{k: v.to(device) for k, v in batch.items()}, keep=keep
+            )
             total = tokens.log_probs.sum(-1)
             scores += (total / tokens.mask.sum(-1) if mean_over_tokens else total).tolist()
     sizes = [1 + len(row["negative_ids"]) for row in rows]

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from llm_xrisk.rollout.engine import SamplingConfig
 
 _LOSS_TYPE_ERROR = (
-    "got loss_type={!r}; in TRL that chooses a loss of SFTTrainer or GRPOTrainer (there \"dft\" is "
+    'got loss_type={!r}; in TRL that chooses a loss of SFTTrainer or GRPOTrainer (there "dft" is '
     "Dynamic Fine-Tuning, another method). Drop loss_type: this trainer's objective is set by "
     "`objective`"
 )
@@ -99,7 +99,9 @@ class DFTConfig(ScoreConfig):
     gamma_decay_epochs: float = field(
         default=0.0, metadata={"help": "E: cosine from 1 to gamma over E epochs; 0 is constant."}
     )
-    tau: float | None = field(default=None, metadata={"help": "tau > 0 (1.0 for DFT, 0.3 for DFT2)."})
+    tau: float | None = field(
+        default=None, metadata={"help": "tau > 0 (1.0 for DFT, 0.3 for DFT2)."}
+    )
     num_negatives: int = field(default=2, metadata={"help": "m: negatives per prompt and visit."})
     u_init: str = field(default="one", metadata={"help": "u_0: one, or first_batch."})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt + completion, tokens."})

@@ -182,7 +182,9 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
             num_negatives=self.args.num_negatives,
             tokenizer=self.processing_class,
         )
-        collated = self.data_collator([dict(row) | new for row, new in zip(rows, fresh, strict=True)])
+        collated = self.data_collator(
+            [dict(row) | new for row, new in zip(rows, fresh, strict=True)]
+        )
         return self._prepare_inputs(collated)
 
     # -- reference likelihoods -----------------------------------------------------------------

@@ -128,7 +128,9 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     def _weigh(self, batches: list[Batch]) -> list[Batch]:
         self.objective.train()
         with evaluation_mode(self.model_wrapped), self.compute_loss_context_manager():
-            scored = [b.get("row_scores") or self.row_scores(self.model_wrapped, b) for b in batches]
+            scored = [
+                b.get("row_scores") or self.row_scores(self.model_wrapped, b) for b in batches
+            ]
         names = list(scored[0])
         rows = {n: torch.cat([s[n] for s in scored]).detach().requires_grad_() for n in names}
         columns = [n for n in ("targets", "length", *self._row_columns) if n in batches[0]]
@@ -232,5 +234,3 @@ def _without_inert_rows(batch: Batch) -> Batch:
 
 def _unused_loss(*args: Any, **kwargs: Any) -> Tensor:
     raise TypeError("the objective computes the loss; see ScoreWeighBackprop.compute_loss")
-
-
