@@ -8,8 +8,8 @@ something to teach it.
     python recipes/make_base_model.py --config recipes/make_base_model.yaml
 
 About 12 minutes on one CPU core. To expect on the 1,434 held-out real steps: greedy 42 %, sampled
-at temperature 1 18 %; 57 % of the groups of 8 samples are mixed (measured with torch 2.13; the model
-card in the output directory has the intervals). Interrupted, the same command resumes from
+at temperature 1 18 %; 57 % of the groups of 8 samples are mixed (measured with torch 2.13; the
+model card in the output directory has the intervals). Interrupted, the same command resumes from
 `outputs/`, to the very weights of a run that was not interrupted.
 """
 
