@@ -1,4 +1,4 @@
-"""What every objective promises. A test file subclasses the contract and gives its worked example."""
+"""What every objective promises; a test file subclasses it and adds a worked example."""
 
 import copy
 import inspect
@@ -38,6 +38,10 @@ class Batch:
     def scaled(self, factor: float) -> "Batch":
         return self.map(lambda name, t: t * factor if name in self.leaves else t)
 
+    def copy(self) -> "Batch":
+        """New leaves that ask for a gradient."""
+        return self.map(lambda name, t: t.detach().clone().requires_grad_(name in self.leaves))
+
     def to(self, kind: Any) -> "Batch":
         """Cast the floating-point rows, or move all of them."""
         return self.map(
@@ -54,10 +58,7 @@ class Result:
 
 def evaluate(objective: Objective, batch: Batch) -> Result:
     """Loss, gradients in the leaves, metrics."""
-    tensors = {
-        name: t.detach().clone().requires_grad_(name in batch.leaves)
-        for name, t in batch.tensors().items()
-    }
+    tensors = batch.copy().tensors()
     leaves = [tensors[name] for name in batch.leaves]
     output: ObjectiveOutput = objective(**tensors)
     gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
@@ -163,7 +164,7 @@ class ObjectiveContract:
             leaves = tuple(name for name in batch.leaves if name != "kl")
             batch = replace(batch, leaves=leaves).rows(self.distinct(batch))
             result = evaluate(objective, batch)
-            copies = batch.map(lambda name, t: t.clone().requires_grad_() if name in leaves else t)
+            copies = batch.copy()
             loss = exact_loss(objective, copies)
             gradients = torch.autograd.grad(loss, [copies.tensors()[name] for name in leaves])
             torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-12)

@@ -52,7 +52,7 @@ class PerSampleDual(nn.Module):
     ) -> None:
         super().__init__()
         if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}; pass len(dataset)")
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
         if lr <= 0 or not 0 < beta <= 1:
             raise ValueError(f"need lr > 0 and beta in (0, 1], got lr={lr}, beta={beta}")
         if lower is not None and upper is not None and lower > upper:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_xrisk.fcco import rules
+from llm_xrisk.fcco.groups import columns, group_mean, slots
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
 
 
@@ -68,7 +69,7 @@ class InnerEstimator(nn.Module):
     ) -> None:
         super().__init__()
         if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}; pass len(dataset)")
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
         self.num_samples = num_samples
         self.log = log
         self.initial = initial
@@ -85,7 +86,7 @@ class InnerEstimator(nn.Module):
         gamma = self.schedule(epoch)
         if not 0 < gamma <= 1:
             raise ValueError(
-                f"gamma must be in (0, 1], got {gamma}; it is the weight of the new mini-batch value"
+                f"gamma must be in (0, 1], got {gamma}; it is the weight of the new value"
             )
         self.gamma.fill_(gamma)
 
@@ -114,17 +115,16 @@ class InnerEstimator(nn.Module):
             value = u + torch.exp(g.detach() - u) * (g - g.detach())
         else:
             value = u + (g - g.detach())
-        return value if where is None else torch.where(_columns(where, g), value, g.to(value.dtype))
+        return value if where is None else torch.where(columns(where, g), value, g.to(value.dtype))
 
     def _update(self, g: Tensor, index: Tensor, observed: Tensor) -> Tensor:
-        slot = _slots(index)
-        mean, count = _mean_by_slot(g, slot, observed, self.log)
+        mean, count = group_mean(g, slots(index), observed, log=self.log)
         u, visited = self.u[index], self.visited[index]
         rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
         new = rule(u, mean, self.gamma)
         if self.initial is None:
-            new = torch.where(_columns(visited, u), new, mean)
-        new = torch.where(_columns(count > 0, u), new, u)
+            new = torch.where(columns(visited, u), new, mean)
+        new = torch.where(columns(count > 0, u), new, u)
         # rows of one sample all write the same value, so the order of the writes cannot matter
         self.u.index_copy_(0, index, new)
         self.visited.index_copy_(0, index, visited | (count > 0))
@@ -166,34 +166,3 @@ class InnerEstimator(nn.Module):
         """Show what distinguishes one estimator from another."""
         kind = "log" if self.log else "plain"
         return f"num_samples={self.num_samples}, shape={tuple(self.u.shape[1:])}, {kind}"
-
-
-def _columns(rows: Tensor, like: Tensor) -> Tensor:
-    """Reshape (B,) so that it broadcasts against ``like`` (B, ...)."""
-    return rows.reshape(-1, *([1] * (like.dim() - 1)))
-
-
-def _slots(index: Tensor) -> Tensor:
-    """Number equal entries of ``index`` alike, 0 <= slot < B, without leaving the device."""
-    ordered, order = torch.sort(index, stable=True)
-    starts = torch.ones_like(index)
-    starts[1:] = (ordered[1:] != ordered[:-1]).to(index.dtype)
-    return torch.empty_like(index).scatter(0, order, starts.cumsum(0) - 1)
-
-
-def _mean_by_slot(
-    g: Tensor, slot: Tensor, observed: Tensor, log: bool
-) -> tuple[Tensor, Tensor]:
-    """Mean of the observed rows of each row's slot (of exp(g), if ``log``), and their number."""
-    weight = observed.to(g.dtype)
-    count = torch.zeros_like(weight).index_add(0, slot, weight)
-    shift = torch.zeros_like(g)
-    if log:
-        masked = g.masked_fill(~_columns(observed, g), float("-inf"))
-        top = torch.full_like(g, float("-inf"))
-        shift = top.scatter_reduce(0, _columns(slot, g).expand_as(g), masked, "amax")[slot]
-        shift = shift.masked_fill(shift.isinf(), 0.0)
-        g = torch.exp(masked - shift)
-    total = torch.zeros_like(g).index_add(0, slot, g * _columns(weight, g))
-    mean = (total / _columns(count.clamp(min=1), g))[slot]
-    return (mean.log() + shift if log else mean), count[slot]

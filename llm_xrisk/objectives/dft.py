@@ -82,9 +82,13 @@ class DFT(SequenceObjective):
     ) -> None:
         super().__init__()
         if tau <= 0:
-            raise ValueError(f"tau must be positive, got {tau}; the authors use 1.0 (DFT), 0.3 (DFT2)")
+            raise ValueError(
+                f"tau must be positive, got {tau}; the authors use 1.0 (DFT), 0.3 (DFT2)"
+            )
         if score not in SCORES or score == "likelihood_ratio":
-            raise ValueError(f'score must be "log_likelihood" or "mean_log_likelihood", got {score!r}')
+            raise ValueError(
+                f'score must be "log_likelihood" or "mean_log_likelihood", got {score!r}'
+            )
         if u_init not in ("one", "first_batch"):
             raise ValueError(f'u_init must be "one" or "first_batch", got {u_init!r}')
         self.tau, self.score, self.importance_weight = tau, score, importance_weight

@@ -81,7 +81,9 @@ class DisCO(SequenceObjective):
         if delta < 0 or kl_penalty < 0:
             raise ValueError(f"need delta >= 0 and kl_penalty >= 0, got {delta} and {kl_penalty}")
         if kl_estimator not in KL_TERMS:
-            raise ValueError(f"kl_estimator must be one of {sorted(KL_TERMS)}, got {kl_estimator!r}")
+            raise ValueError(
+                f"kl_estimator must be one of {sorted(KL_TERMS)}, got {kl_estimator!r}"
+            )
         if normalizer not in ("valid", "all"):
             raise ValueError(f'normalizer must be "valid" or "all", got {normalizer!r}')
         self.score = _SCORE_NAMES[score]

@@ -16,7 +16,7 @@ SequenceScore = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def log_likelihood(log_probs: Tensor, mask: Tensor, old: Tensor | None = None) -> Tensor:
-    r"""log pi_w(y|x), the sum over tokens (DFT, eq. 6.74).
+    r"""Log pi_w(y|x), the sum over tokens (DFT, eq. 6.74).
 
     Example:
         >>> lp, mask = torch.tensor([[-1.0, -3.0, -9.0]]), torch.tensor([[True, True, False]])

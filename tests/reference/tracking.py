@@ -4,7 +4,7 @@
 def track(
     u: dict[int, float], observed: list[tuple[int, float]], gamma: float, initial: float | None
 ) -> None:
-    """u_i <- (1 - gamma) u_i + gamma g_i; several observations of one sample count as their mean."""
+    """u_i <- (1 - gamma) u_i + gamma g_i, with the mean of the observations of one sample."""
     for sample in {sample for sample, _ in observed}:
         values = [g for other, g in observed if other == sample]
         g = sum(values) / len(values)

@@ -1,0 +1,67 @@
+"""Sums and means over the rows of one sample or question, in static shapes, on the device."""
+
+import torch
+from torch import Tensor
+
+
+def slots(index: Tensor) -> Tensor:
+    """Number equal entries of ``index`` (B,) alike, 0 <= slot < B.
+
+    Example:
+        >>> slots(torch.tensor([70, 30, 70]))
+        tensor([1, 0, 1])
+    """
+    ordered, order = torch.sort(index, stable=True)
+    starts = torch.ones_like(index)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(index).scatter_(0, order, starts.cumsum(0) - 1)
+
+
+def group_sum(values: Tensor, slot: Tensor) -> Tensor:
+    """Sum of ``values`` (B, ...) over the rows of each row's slot, (B, ...)."""
+    return torch.zeros_like(values).index_add(0, slot, values)[slot]
+
+
+def group_mean(
+    values: Tensor, slot: Tensor, where: Tensor, *, log: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean over the rows of each row's slot that lie in ``where``, and the number of these.
+
+    The mean is differentiable; where there is nothing to average it is 0 with gradient 0.
+
+    Args:
+        values: (B, ...) numbers, or their logarithms.
+        slot: (B,) from :func:`slots`.
+        where: (B,) which rows count.
+        log: Whether ``values`` are logarithms; so is the result then, and -inf for 0.
+
+    Returns:
+        (B, ...) means and (B,) counts.
+
+    Example:
+        >>> slot, where = torch.tensor([0, 0, 0, 1]), torch.tensor([True, True, False, False])
+        >>> group_mean(torch.tensor([1.0, 3.0, 9.0, 9.0]), slot, where)
+        (tensor([2., 2., 2., 0.]), tensor([2., 2., 2., 0.]))
+    """
+    count = group_sum(where.to(values.dtype), slot)
+    size, kept = columns(count, values), columns(where, values)
+    if not log:
+        return group_sum(torch.where(kept, values, 0.0), slot) / size.clamp(min=1), count
+    masked = values.masked_fill(~kept, float("-inf"))
+    top = _group_max(masked.detach(), slot)
+    total = group_sum(torch.exp(masked - top), slot)
+    # a logarithm of 0 would have an infinite derivative: take that of 1 and cut it off
+    mean = torch.log(torch.where(size > 0, total / size, 1.0)) + top
+    return mean.masked_fill(size == 0, float("-inf")), count
+
+
+def columns(rows: Tensor, like: Tensor) -> Tensor:
+    """Reshape (B,) so that it broadcasts against ``like`` (B, ...)."""
+    return rows.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def _group_max(values: Tensor, slot: Tensor) -> Tensor:
+    """Largest of each row's slot; 0 where that is -inf."""
+    where = columns(slot, values).expand_as(values)
+    top = torch.full_like(values, float("-inf")).scatter_reduce(0, where, values, "amax")[slot]
+    return top.masked_fill(top == float("-inf"), 0.0)
