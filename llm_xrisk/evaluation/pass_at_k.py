@@ -3,7 +3,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from llm_xrisk.data.pool_writer import replace_file
+from llm_xrisk.data.tokenize import Text, as_completion, encode_prompt
 from llm_xrisk.evaluation.bootstrap import Bootstrap, Interval, Values
-from llm_xrisk.evaluation.prompts import as_completion, encode_prompt, prompt_text
 from llm_xrisk.rollout.engine import RolloutBatch, RolloutEngine, SamplingConfig
 from reward.metrics import pass_at_k
 
@@ -132,9 +132,7 @@ class Evaluation:
         """Write the evaluation as JSON, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, json.dumps({"format": FORMAT, **asdict(self)}).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -176,7 +174,7 @@ class _Graded:
     def sample(self, row: int, source: Row, *, greedy: bool, gold: str) -> CompletionSample:
         return CompletionSample(
             sample_id=self.batch.sample_ids[row],
-            prompt=prompt_text(source["prompt"]),
+            prompt=_shown(source["prompt"]),
             gold=gold,
             text=self.texts[row],
             correct=self.rewards[row] == 1,
@@ -344,6 +342,12 @@ def _gradable(results: Sequence[_Graded], name: str) -> list[int]:
     if len(keep) < total:
         _logger.warning("%s: %d of %d prompts ungradable, left out", name, total - len(keep), total)
     return keep
+
+
+def _shown(prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _spread(keep: Sequence[int], count: int) -> list[int]:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One HTML file that shows what was run, what came out, and what the model wrote."""
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
+from llm_xrisk.data.pool_writer import replace_file
 from llm_xrisk.evaluation.bootstrap import Bootstrap
 from llm_xrisk.evaluation.charts import STYLES, interval_mark, last_values, line_chart, swatch
 from llm_xrisk.evaluation.compare import Arm, as_runs, format_range, format_value
@@ -38,7 +38,7 @@ class Report:
     summary: str
     arms: Mapping[str, Arm]
     panels: Sequence[Panel] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     metrics: Sequence[str] | None = None
 
 
@@ -54,9 +54,7 @@ def write_report(report: Report, path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(render_report(report), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, render_report(report).encode(errors="replace"))
     return path
 
 
@@ -102,7 +100,7 @@ def _asset(name: str) -> str:
 
 def _header(report: Report) -> str:
     facts = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
         for name, value in report.facts.items()
     )
     return (
@@ -188,10 +186,10 @@ def _result_cell(metric: str, cell: Cell, scale: tuple[float, float], base: floa
         text = _minus(difference_text(cell.to_base))
         difference = f'<span class="difference {kind}">{text}</span>'
     return (
-        f'<td role="cell" data-label="{escape(heading(metric))}">'
+        f'<td role="cell" data-label="{escape(heading(metric))}"><div>'
         f'<span class="value">{_minus(format_value(metric, cell.interval.estimate))}</span> '
         f'<span class="range">{_minus(format_range(metric, cell.interval))}</span>'
-        f"{mark}{difference}</td>"
+        f"{mark}{difference}</div></td>"
     )
 
 
@@ -211,11 +209,15 @@ def _curves_section(report: Report) -> str:
         f"{swatch(styles[name])}{escape(name)}</button>"
         for name in names
     )
+    panels = [
+        replace(panel, curves=sorted(panel.curves, key=lambda curve: order.index(curve.name)))
+        for panel in report.panels
+    ]
     figures = "".join(
         f"<figure><figcaption><b>{escape(panel.title)}</b> {escape(panel.note)}</figcaption>"
         f'{line_chart(panel, styles)}<p class="readout" aria-live="polite">'
         f"{last_values(panel, styles)}</p></figure>"
-        for panel in report.panels
+        for panel in panels
     )
     return (
         '<section aria-labelledby="curves"><h2 id="curves">Training curves</h2>'
@@ -242,7 +244,7 @@ def _completions_section(arms: Mapping[str, Arm]) -> str:
         '<section aria-labelledby="completions"><h2 id="completions">Completions</h2>'
         f'<p class="note">{len(prompts)} prompts, evenly spread over the evaluation set. The first '
         "line of a cell is the greedy answer, where there is one, and decides its verdict; the "
-        f"others are sampled. Changed: the verdict is not that of {base}.</p>"
+        f"others are sampled. Changed, marked by a bar: the verdict is not that of {base}.</p>"
         '<form id="filters" hidden><label>Run <select id="run"><option value="">any</option>'
         f'{choices}</select></label><label>Verdict <select id="verdict"><option value="">all'
         '</option><option value="right">right</option><option value="wrong">wrong</option><option '
@@ -269,13 +271,14 @@ def _prompt_row(key: int, grouped: Mapping[str, Mapping[int, list[CompletionSamp
     for name, found in grouped.items():
         samples = found.get(key)
         if samples is None:
-            cells.append(f'<td role="cell" data-label="{escape(name)}">not kept</td>')
+            cells.append(f'<td role="cell" data-label="{escape(name)}"><div>not kept</div></td>')
             continue
         changed = base is not None and samples[0].correct != base[0].correct
         state = f"{'right' if samples[0].correct else 'wrong'}{' changed' if changed else ''}"
         answers = "".join(map(_answer, samples))
         cells.append(
-            f'<td role="cell" data-label="{escape(name)}" data-state="{state}">{answers}</td>'
+            f'<td role="cell" data-label="{escape(name)}" data-state="{state}" title="{state}">'
+            f"<div>{answers}</div></td>"
         )
     return (
         f'<tr role="row"><th scope="row" role="rowheader"><pre>{_clipped(first.prompt)}</pre>'
