@@ -1,12 +1,13 @@
 """Per-sample dual variables with their own projected step."""
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from llm_xrisk.fcco.groups import group_mean, slots
+from llm_xrisk.fcco.keyed import KeyedState
 
 
-class PerSampleDual(nn.Module):
+class PerSampleDual(KeyedState):
     r"""Variables nu_i, tau_i, y_i or lambda_q kept beside the model and stepped by key.
 
     .. math:: v_i \leftarrow \mathrm{clip}\big(v_i - \eta\, m_i,\; lower,\; upper\big),
@@ -26,7 +27,9 @@ class PerSampleDual(nn.Module):
         state_dtype: dtype of the state, whatever ``.to()`` says.
 
     Raises:
-        ValueError: num_samples < 1, lr <= 0, beta outside (0, 1], lower > upper.
+        ValueError: num_samples < 1, lr <= 0, beta outside (0, 1], lower > upper, or a checkpoint
+            of another size.
+        IndexError: index outside [0, num_samples) (checked on the CPU).
 
     Example:
         >>> nu = PerSampleDual(num_samples=4, lr=0.5, lower=0.0)
@@ -50,14 +53,12 @@ class PerSampleDual(nn.Module):
         upper: float | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
+        super().__init__(num_samples)
         if lr <= 0 or not 0 < beta <= 1:
             raise ValueError(f"need lr > 0 and beta in (0, 1], got lr={lr}, beta={beta}")
         if lower is not None and upper is not None and lower > upper:
             raise ValueError(f"lower must not exceed upper, got [{lower}, {upper}]")
-        self.num_samples, self.lr, self.beta = num_samples, lr, beta
+        self.lr, self.beta = lr, beta
         self.lower = float("-inf") if lower is None else lower
         self.upper = float("inf") if upper is None else upper
         self.register_buffer("value", torch.full((num_samples,), initial, dtype=state_dtype))
@@ -65,26 +66,22 @@ class PerSampleDual(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         """The current values of ``index`` (B,), without gradient."""
+        self.check(index)
         return self.value[index]
 
     @torch.no_grad()
     def step(self, grad: Tensor, index: Tensor, where: Tensor | None = None) -> None:
-        """Take one projected step against ``grad`` (B,) on the rows ``where`` (all by default)."""
+        """Take one projected step against ``grad`` (B,) on the rows ``where`` (all by default).
+
+        In ``eval()`` nothing is done.
+        """
         if not self.training:
             return
-        weight = torch.ones_like(index, dtype=grad.dtype) if where is None else where.to(grad.dtype)
-        same = (index[:, None] == index[None, :]).to(grad.dtype) * weight
-        count = same.sum(1)
-        mean = (same @ grad) / count.clamp(min=1)
-        direction = torch.lerp(self.direction[index], mean.to(self.value.dtype), self.beta)
-        value = (self.value[index] - self.lr * direction).clamp(self.lower, self.upper)
-        seen = count > 0
-        self.direction.index_copy_(0, index, torch.where(seen, direction, self.direction[index]))
-        self.value.index_copy_(0, index, torch.where(seen, value, self.value[index]))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "PerSampleDual":
-        before = (self.value, self.direction)
-        super()._apply(fn, recurse)
-        device = self.value.device
-        self.value, self.direction = (b.to(device) for b in before)
-        return self
+        self.check(index)
+        observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
+        mean, count = group_mean(grad.to(self.value.dtype), slots(index), observed)
+        old_value, old_direction = self.value[index], self.direction[index]
+        direction = torch.lerp(old_direction, mean, self.beta)
+        value = (old_value - self.lr * direction).clamp(self.lower, self.upper)
+        self.direction.index_copy_(0, index, torch.where(count > 0, direction, old_direction))
+        self.value.index_copy_(0, index, torch.where(count > 0, value, old_value))

@@ -1,17 +1,15 @@
 """The central abstraction: a moving average of an inner function, as a layer."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm_xrisk.fcco import rules
 from llm_xrisk.fcco.groups import columns, group_mean, slots
+from llm_xrisk.fcco.keyed import KeyedState
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
 
 
-class InnerEstimator(nn.Module):
+class InnerEstimator(KeyedState):
     r"""Tracks the inner values u_i of F(w) = (1/n) sum_i f_i(g_i(w)), keyed by sample.
 
     .. math:: u_i \leftarrow (1-\gamma) u_i + \gamma\, g_i(w_t; B_t)
@@ -67,10 +65,7 @@ class InnerEstimator(nn.Module):
         rule: rules.Rule | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
-        self.num_samples = num_samples
+        super().__init__(num_samples)
         self.log = log
         self.initial = initial
         self.rule = rule
@@ -106,15 +101,16 @@ class InnerEstimator(nn.Module):
         """
         if not self.training:
             return g
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_index(index)
+        self.check(index)
         observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
         with torch.no_grad():
             u = self._update(g.detach().to(self.u.dtype), index, observed)
+        rise = g - g.detach()
         if self.log:
-            value = u + torch.exp(g.detach() - u) * (g - g.detach())
-        else:
-            value = u + (g - g.detach())
+            # the weight of an unobserved row could overflow, and infinity times 0 is no gradient
+            log_weight = torch.where(columns(observed, g), g.detach() - u, 0.0)
+            rise = torch.exp(log_weight) * rise
+        value = u + rise
         return value if where is None else torch.where(columns(where, g), value, g.to(value.dtype))
 
     def _update(self, g: Tensor, index: Tensor, observed: Tensor) -> Tensor:
@@ -129,38 +125,6 @@ class InnerEstimator(nn.Module):
         self.u.index_copy_(0, index, new)
         self.visited.index_copy_(0, index, visited | (count > 0))
         return new
-
-    def _check_index(self, index: Tensor) -> None:
-        if index.numel() == 0:
-            return
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= self.num_samples:
-            raise IndexError(
-                f"index {low if low < 0 else high} is out of range for "
-                f"num_samples={self.num_samples}; build the objective with "
-                "num_samples=len(train_dataset) and number the rows 0..n-1"
-            )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "InnerEstimator":
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new is not None and new.dtype != old.dtype:  # follow the device, never the dtype
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        saved = state_dict.get(prefix + "u")
-        if saved is not None and saved.shape[0] != self.num_samples:
-            raise ValueError(
-                f"the checkpoint tracks num_samples={saved.shape[0]}, this objective has "
-                f"num_samples={self.num_samples}; resume with the dataset the run started with, "
-                "or start a new run from the model's weights"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
         """Show what distinguishes one estimator from another."""

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llm_xrisk.fcco import InnerEstimator, PerSampleDual
+from llm_xrisk.fcco import InnerEstimator
+from llm_xrisk.fcco.keyed import KeyedState, check_index
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Objective(nn.Module):
     def num_samples(self) -> int | None:
         """Number of samples the state is keyed by, or None where there is no state."""
         for module in self.modules():
-            if isinstance(module, InnerEstimator | PerSampleDual):
+            if isinstance(module, KeyedState):
                 return module.num_samples
         return None
 
@@ -95,11 +96,7 @@ def _check_index(name: str, index: Tensor | None, num_samples: int) -> None:
             f"{name} keeps a value for each sample and got no index; number the rows with "
             "llm_xrisk.data.with_index(dataset) and pass index=batch['index']"
         )
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_samples:
-        raise IndexError(
-            f"index in [{int(index.min())}, {int(index.max())}] is out of range for "
-            f"num_samples={num_samples}; build the objective with num_samples=len(train_dataset)"
-        )
+    check_index(index, num_samples)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

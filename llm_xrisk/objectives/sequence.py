@@ -1,6 +1,5 @@
 """Objectives of whole sequences: what a trainer of language models needs to know of them."""
 
-import torch
 from torch import Tensor
 
 from llm_xrisk.objectives.base import Objective, masked_logmeanexp

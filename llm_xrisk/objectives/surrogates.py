@@ -1,4 +1,4 @@
-"""Pairwise surrogates l(s) of the zero-one loss 1[s >= 0], s = score of a negative minus a positive.
+"""Pairwise surrogates l(s) of 1[s >= 0], s the score of a negative minus that of a positive.
 
 Each is non-decreasing in ``s`` and acts elementwise. Bind a margin with
 ``functools.partial(squared_hinge, margin=0.6)``.
