@@ -1,5 +1,6 @@
 """The argument parser of the recipes: TRL's, with settings grouped by what they control."""
 
+import argparse
 import dataclasses
 import inspect
 import os
@@ -40,6 +41,7 @@ class RecipeParser(TrlParser):
         single = isinstance(dataclass_types, type)
         types: list[Any] = [dataclass_types] if single else list(dataclass_types)
         kwargs.setdefault("prog", os.environ.get(PROGRAM_NAME))
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         kwargs.setdefault("usage", "%(prog)s [--config FILE.yaml] [--setting value ...]")
         super().__init__(types, **kwargs)
         self._group_by_owner(types)
@@ -77,6 +79,10 @@ class RecipeParser(TrlParser):
             ]:
                 self._optionals._group_actions.remove(action)
                 group._group_actions.append(action)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they were written, and the default of every setting."""
 
 
 def _owner(kind: type, name: str) -> type:

@@ -56,7 +56,8 @@ class MainJob:
         self.config, self.seed, self.stages = config, seed, stages
         self.base = config.model_name_or_path or tiny_model_path()
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
-        held_out = load_steps("test")
+        seen = {row["prompt"] for row in load_steps("train")}
+        held_out = [row for row in load_steps("test") if row["prompt"] not in seen]
         spread = len(held_out) / config.eval_questions
         picked = [
             held_out[int(k * spread)] for k in range(min(config.eval_questions, len(held_out)))
