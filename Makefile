@@ -48,7 +48,8 @@ quickstart: venv ## the main job: base, negatives, DFT, DisCO, table, report (CO
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python recipes/quickstart.py $(if $(filter 1,$(CONTROLS)),--controls)
 
 quickstart-seeds: venv ## the main job over 5 seeds with paired intervals, written to benchmarks/results/
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python recipes/quickstart.py --seeds 5 --controls
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python recipes/quickstart.py --seeds 5 --controls \
+		--results_file benchmarks/results/quickstart_seeds.json
 
 test: venv ## every tier, in order; fails if one of them fails
 	@failed=; for tier in fast dist vllm; do \
@@ -74,12 +75,13 @@ check: venv ## lint, format, types, doctests
 	$(BIN)/pyright
 	$(BIN)/python -m pytest --doctest-modules --doctest-continue-on-failure llm_xrisk $(wildcard reward)
 
-# Two environments of their own: the oldest versions pyproject.toml allows, and the newest.
+# Two environments of their own: the oldest versions pyproject.toml allows, and the newest. No vLLM, which wants
+# one exact torch. They may hold a torch built for CUDA, several gigabytes each.
 test-matrix: ## test-fast on the oldest and the newest dependencies
 	@failed=; for age in oldest newest; do \
 		test -x .venv-$$age/bin/python || $(PYTHON) -m venv .venv-$$age || exit 1; \
-		.venv-$$age/bin/python -m pip install --quiet --upgrade -r requirements/$$age.txt || exit 1; \
-		.venv-$$age/bin/python -m pip install --quiet --no-deps -e . || exit 1; \
+		.venv-$$age/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+			-r requirements/$$age.txt || exit 1; \
 		.venv-$$age/bin/python -m pytest $(FAST) || failed="$$failed $$age"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED with:$$failed"; exit 1; fi

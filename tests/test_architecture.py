@@ -24,6 +24,7 @@ LAYERS = {
     "vllm_plugin": 3,
     "cli": 4,
     "cli_help": 4,
+    "quickstart": 4,
 }
 ANNOTATIONS = {"jaxtyping"}  # shapes in signatures; imports nothing but itself
 ALLOWED = {
