@@ -1,6 +1,7 @@
 """Data sets of DFT: accepted formats, tokenised and checked before training starts."""
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from llm_xrisk.data.tokenize import encode_prompt_completion
@@ -93,7 +94,7 @@ def _check_index(index: Iterable[int], rows: int) -> None:
             f"num_samples={rows}; number the rows 0..{rows - 1} with llm_xrisk.data.with_index"
         )
     if values != list(range(rows)):
-        twice = next(a for a, b in zip(values, values[1:], strict=False) if a == b)
+        twice = next(a for a, b in pairwise(values) if a == b)
         raise IndexError(
             f"index {twice} stands in several rows, so prompts would share a tracked value; "
             "number the rows 0..n-1 with llm_xrisk.data.with_index"

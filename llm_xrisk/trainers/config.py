@@ -1,7 +1,7 @@
 """Settings of the trainers: what ``TrainingArguments`` lack, each with its symbol and range."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -29,7 +29,10 @@ class ScoreConfig(TrainingArguments):
         disable_dropout: Set dropout to 0. Scores are taken without it.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "bfloat16 autocast; by default where a GPU supports it."}
@@ -125,7 +128,9 @@ class DFTConfig(ScoreConfig):
 
 @dataclass
 class DisCOConfig(ScoreConfig):
-    """Settings of :class:`~llm_xrisk.trainers.DisCOTrainer` (Discriminative Constrained Optimization).
+    """Settings of :class:`~llm_xrisk.trainers.DisCOTrainer`, DisCO in full.
+
+    *Discriminative Constrained Optimization*, RL with verifiable rewards.
 
     A batch size counts completions; ``per_device_train_batch_size`` x
     ``gradient_accumulation_steps`` must be a multiple of ``num_generations``.
@@ -133,7 +138,7 @@ class DisCOConfig(ScoreConfig):
     Args:
         objective: "DisCO", or "GRPO", "DrGRPO", "DAPO" for comparison.
         score: "log_likelihood" (log-L) or "likelihood_ratio" (L-ratio); DisCO only.
-        tau: Temperature of (6.82); 0 is (6.81), without it. The authors use 10 (log-L), 1 (L-ratio).
+        tau: Temperature of (6.82); 0 is (6.81), without it. The authors use 10 and 1.
         delta: Radius of the trust region: mean KL(old || new) per token.
         kl_penalty: beta of (6.85) as the book prints it; 500 is the authors' 1e3 with their half.
         kl_estimator: "k3" or "k1".

@@ -59,7 +59,8 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         A complete run is ``recipes/dft.py``; in short::
 
             args = DFTConfig(output_dir="out", num_negatives=2)
-            DFTTrainer("Qwen/Qwen2.5-0.5B", args, train_dataset=load_pool("pool").to_dataset()).train()
+            data = load_pool("pool").to_dataset()
+            DFTTrainer("Qwen/Qwen2.5-0.5B", args, train_dataset=data).train()
 
     Metrics: objective (the loss itself), log_u/mean, log_u/max, negatives/weight (W = g/u),
     negatives/effective_fraction, score/gold, score/negative, auc.
@@ -71,6 +72,7 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
     objective: DFT
     data_collator: DFTCollator
     train_dataset: Any
+    model: Any
 
     def __init__(
         self,
@@ -92,10 +94,10 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
                 f"args must be a DFTConfig, got {type(args).__name__} (loss_type={loss_type!r}); "
                 'TRL\'s loss_type="dft" is Dynamic Fine-Tuning, another method'
             )
-        model = load_model(model, args.model_init_kwargs, peft_config)  # pyright: ignore[reportArgumentType]
-        tokenizer = load_tokenizer(processing_class, model)
+        policy = load_model(model, args.model_init_kwargs, peft_config)
+        tokenizer = load_tokenizer(processing_class, policy)
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_dropout(policy)
         prepare = {"tokenizer": tokenizer, "max_length": args.max_length}
         needs_negatives = args.num_negatives > 0 and not args.refresh_negatives
         if train_dataset is not None:
@@ -105,7 +107,7 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         if eval_dataset is not None:
             eval_dataset = prepare_dft_dataset(eval_dataset, needs_negatives=False, **prepare)
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=DFTCollator(
                 tokenizer.pad_token_id,
@@ -204,7 +206,7 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
             return
         if not self.objective.importance_weight or self.args.num_negatives == 0:
             return
-        path = Path(self.args.output_dir) / _REFERENCE_NAME
+        path = Path(str(self.args.output_dir)) / _REFERENCE_NAME
         if self.state.global_step == 0:
             values = self._reference_pass(rows)
             if self.args.should_save:
@@ -224,7 +226,7 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         self.data_collator.reference = table
 
     def _reference_pass(self, rows: Any) -> Tensor:
-        """log pi_ref of all negatives, in the order of the data set; every process has them."""
+        """Log pi_ref of all negatives, in the order of the data set; every process has them."""
         jobs = [(row["prompt_ids"], ids) for row in rows for ids in row["negative_ids"]]
         world, rank = self.args.world_size, self.args.process_index
         size = self.args.per_device_eval_batch_size * (1 + self.args.num_negatives)

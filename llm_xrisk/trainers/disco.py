@@ -64,7 +64,10 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         A complete run is ``recipes/disco.py``; in short::
 
             args = DisCOConfig(output_dir="out", score="likelihood_ratio", tau=1.0)
-            DisCOTrainer(model, args, reward_funcs=arithmetic_reward, train_dataset=questions).train()
+            trainer = DisCOTrainer(
+                model, args, reward_funcs=arithmetic_reward, train_dataset=questions
+            )
+            trainer.train()
 
     Metrics: objective, discriminative, kl/k3 with kl/standard_error, kl/multiplier, kl/violated,
     groups/valid_fraction, negatives/effective_fraction, reward, entropy, completions/mean_length,
@@ -73,6 +76,9 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
 
     _tag_names = ("llm-xrisk", "disco")
     args: DisCOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -91,12 +97,12 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
     ) -> None:
         args = args or DisCOConfig(output_dir="disco-output")
         self.rollout = rollout or RolloutConfig()
-        model = load_model(model, args.model_init_kwargs, peft_config)  # pyright: ignore[reportArgumentType]
-        tokenizer = load_tokenizer(processing_class, model)
+        policy = load_model(model, args.model_init_kwargs, peft_config)
+        tokenizer = load_tokenizer(processing_class, policy)
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_dropout(policy)
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=_identity,
             train_dataset=train_dataset,
@@ -137,10 +143,10 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         """A loader of placeholders that counts completions, so epochs and resuming work."""
         updates, world = self.rollout.updates_per_rollout, self.args.world_size
         questions = self._questions_per_step * world * updates
-        rollouts = max(1, math.ceil(len(self.train_dataset) / questions))  # pyright: ignore[reportArgumentType]
-        rows = range(rollouts * questions * self.rollout.num_generations)
+        rollouts = max(1, math.ceil(len(self.train_dataset) / questions))
+        rows: Any = range(rollouts * questions * self.rollout.num_generations)
         size = self.args.per_device_train_batch_size
-        return self.accelerator.prepare(DataLoader(rows, batch_size=size, collate_fn=_identity))  # pyright: ignore[reportArgumentType]
+        return self.accelerator.prepare(DataLoader(rows, batch_size=size, collate_fn=_identity))
 
     def mini_batch(self, batches: list[Any]) -> list[Batch]:
         """The rows of the next optimizer step, from a new rollout where none are left."""
@@ -160,7 +166,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         batch = pad_rows(
             rows.prompt_ids,
             rows.completion_ids,
-            pad_token_id=self.processing_class.pad_token_id,  # pyright: ignore[reportOptionalMemberAccess]
+            pad_token_id=self.processing_class.pad_token_id,
             side=self.args.padding_side,
         )
         mask = batch["completion_mask"]
@@ -208,7 +214,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
     def _generate(self, questions: list[int], groups: list[int]) -> RolloutBuffer:
         """Answers to the given data set rows, graded."""
         data, count = self.train_dataset, self.rollout.num_generations
-        rows: list[Any] = [data[q] for q in questions]  # pyright: ignore[reportOptionalSubscript]
+        rows: list[Any] = [data[q] for q in questions]
         batch = self.engine.generate(
             [self._encode(q, row) for q, row in zip(questions, rows, strict=True)],
             self.rollout.sampling(self.args.seed),
@@ -272,7 +278,8 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
                 part = _pick(rows, list(range(start, min(start + size, len(rows)))))
                 batch = self._prepare_inputs(self._collate(part))
                 tokens = self.token_log_probs(self.model_wrapped, batch, with_entropy=True)
-                entropies.append(tokens.entropy[tokens.mask])  # pyright: ignore[reportOptionalSubscript]
+                if tokens.entropy is not None:
+                    entropies.append(tokens.entropy[tokens.mask])
                 scores += [
                     row[mask].tolist()
                     for row, mask in zip(tokens.log_probs.cpu(), tokens.mask.cpu(), strict=True)
@@ -313,9 +320,9 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         """Mean reward and length of ``num_generations`` answers to each evaluation question."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         world, rank = self.args.world_size, self.args.process_index
-        share = -(-len(data) // world)  # pyright: ignore[reportArgumentType]
+        share = -(-len(data) // world)
         # the last process may ask a question twice, so that all generate together
-        rows: Any = [data[min(rank * share + k, len(data) - 1)] for k in range(share)]  # pyright: ignore
+        rows: Any = [data[min(rank * share + k, len(data) - 1)] for k in range(share)]
         self.engine.sync(self.model_wrapped, version=self.state.global_step)
         batch = self.engine.generate(
             [encode_prompt(self.processing_class, row["prompt"]) for row in rows],
@@ -325,7 +332,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         )
         repeated = [row for row in rows for _ in range(self.rollout.num_generations)]
         grades = self.grade(repeated, batch.completion_ids, self.state)
-        real = torch.tensor(batch.sample_ids) < len(data)  # pyright: ignore[reportArgumentType]
+        real = torch.tensor(batch.sample_ids) < len(data)
         values = {
             "reward": torch.tensor(grades.targets)[real],
             "mean_length": torch.tensor([float(len(c)) for c in batch.completion_ids])[real],

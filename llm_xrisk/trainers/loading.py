@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 _PEFT_HINT = 'LoRA needs peft: pip install "peft>=0.17"'
 
 
-def load_model(model: str | nn.Module, init_kwargs: dict[str, Any] | None, peft_config: Any) -> Any:
+def load_model(model: str | nn.Module, init_kwargs: Any, peft_config: Any) -> Any:
     """Load a causal language model by name and put an adapter on it if asked to.
 
     Args:

@@ -47,6 +47,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     """
 
     objective: SequenceObjective
+    model_wrapped: Any  # transformers types it as optional
     temperature: float = 1.0
     mean_over_groups: bool = False
 
@@ -181,7 +182,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as ``Trainer`` does and add the objective's metrics."""
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         averages = self._averages("eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in averages.items()})

@@ -112,7 +112,7 @@ class Grader:
                 log_extra=lambda key, value: None,
                 **columns,
             )
-            values = asyncio.run(values) if inspect.isawaitable(values) else values
+            values = asyncio.run(values) if inspect.iscoroutine(values) else values
             if len(values) != len(rows):
                 raise ValueError(
                     f"{name} returned {len(values)} rewards for {len(rows)} completions; it must "
