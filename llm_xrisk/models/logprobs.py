@@ -74,16 +74,18 @@ def token_log_probs(
         use_cache=False,
         logits_to_keep=keep + 1,
     ).logits
-    targets, mask = input_ids[:, -keep:], completion_mask[:, -keep:].bool()
-    # logits[:, k] predict the token that stands one position later
+    if logits.shape[1] > keep + 1:  # a model that knows no logits_to_keep
+        logits = logits[:, -keep - 1 :]
+    # logits[:, k] predict the token that stands one position later. The last ones predict nothing
+    # and are cut off afterwards: the backward pass of a slice of logits would copy them all.
+    targets, mask = input_ids[:, -keep - 1 :].roll(-1, 1), completion_mask[:, -keep:].bool()
     values, entropy = selective_log_softmax(
-        logits[:, -keep - 1 : -1], targets, temperature=temperature, with_entropy=with_entropy
+        logits, targets, temperature=temperature, with_entropy=with_entropy
     )
-    zero = values.new_zeros(())
     return TokenLogProbs(
-        torch.where(mask, values, zero),
+        values[:, :-1].masked_fill(~mask, 0.0),
         mask,
-        None if entropy is None else torch.where(mask, entropy, zero),
+        None if entropy is None else entropy[:, :-1].masked_fill(~mask, 0.0),
     )
 
 
