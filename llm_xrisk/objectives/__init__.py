@@ -1,6 +1,6 @@
 """Objectives of the X-risk family, each one file: per-row scores in, loss and metrics out."""
 
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput, masked_logmeanexp, masked_mean
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.registry import *  # noqa: F403  the registry's names are the public ones
 from llm_xrisk.objectives.registry import OBJECTIVES
 from llm_xrisk.objectives.sequence import SequenceObjective
@@ -10,7 +10,5 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "SequenceObjective",
-    "masked_logmeanexp",
-    "masked_mean",
     *OBJECTIVES,
 ]

@@ -58,13 +58,11 @@ class Objective(nn.Module):
             if isinstance(module, InnerEstimator):
                 module.set_epoch(epoch)
 
-    def forward(
-        self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None, **groups: Any
-    ) -> ObjectiveOutput:
+    def forward(self, *args: Any, **groups: Any) -> ObjectiveOutput:
         """Return loss and metrics of the joined rows; see the class of each objective."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
-    def exact(self, scores: Tensor, targets: Tensor, **groups: Any) -> Tensor:
+    def exact(self, *args: Any, **groups: Any) -> Tensor:
         """The objective on the full set of rows, without state: for validation and as oracle."""
         raise TypeError(f"{type(self).__name__} does not define exact")
 
@@ -99,23 +97,19 @@ def _check_index(name: str, index: Tensor | None, num_samples: int) -> None:
     check_index(index, num_samples)
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` where ``mask``, and 0 (with gradient 0) where the mask is empty.
 
     Args:
-        values: Any shape; what stands outside the mask may be infinite or NaN.
-        mask: Broadcasts against ``values``.
-        dim: Dimension to reduce; all of them by default.
+        values: (R,); what stands outside the mask may be infinite or NaN.
+        mask: (R,) of booleans.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("inf")]), torch.tensor([1, 1, 0]).bool())
         tensor(2.)
     """
-    mask = mask.expand_as(values)
     kept = torch.where(mask, values, torch.zeros_like(values))
-    count = mask.sum() if dim is None else mask.sum(dim)
-    total = kept.sum() if dim is None else kept.sum(dim)
-    return total / count.clamp(min=1)
+    return kept.sum() / mask.sum().clamp(min=1)
 
 
 def masked_max(values: Tensor, mask: Tensor) -> Tensor:
@@ -127,31 +121,6 @@ def masked_max(values: Tensor, mask: Tensor) -> Tensor:
     """
     largest = torch.where(mask, values, float("-inf")).amax()
     return torch.where(mask.any(), largest, torch.zeros_like(largest))
-
-
-def masked_logmeanexp(values: Tensor, mask: Tensor) -> Tensor:
-    """Log of the mean of exp(values) over the last dimension where ``mask``.
-
-    -inf, with gradient 0, where the mask is empty. Finite for any finite values.
-
-    Args:
-        values: (..., m).
-        mask: Broadcasts against ``values``.
-
-    Returns:
-        (...) log-mean-exp.
-
-    Example:
-        >>> masked_logmeanexp(torch.tensor([0.0, 0.0, 9.0]), torch.tensor([1, 1, 0]).bool())
-        tensor(0.)
-    """
-    mask = mask.expand_as(values)
-    # a row without entries is given one of value 0, so that no gradient is NaN, and then cut off
-    empty = ~mask.any(-1, keepdim=True)
-    filled = torch.where(mask, values, torch.where(empty, 0.0, float("-inf")).to(values.dtype))
-    count = mask.sum(-1).clamp(min=1)
-    result = torch.logsumexp(filled, -1) - count.to(values.dtype).log()
-    return result.masked_fill(empty.squeeze(-1), float("-inf"))
 
 
 def widened(rows: Tensor) -> Tensor:

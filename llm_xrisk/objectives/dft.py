@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco.groups import group_mean, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     ObjectiveOutput,
-    masked_logmeanexp,
     masked_max,
     masked_mean,
     require_index,
     widened,
 )
+from llm_xrisk.objectives.pairs import differences, same_group, weighted_mean
 from llm_xrisk.objectives.scores import SCORES
-from llm_xrisk.objectives.sequence import SequenceObjective, effective_fraction, same_group
+from llm_xrisk.objectives.sequence import SequenceObjective
 
 
 class DFT(SequenceObjective):
@@ -49,7 +50,8 @@ class DFT(SequenceObjective):
 
     Departures: (6.72) writes B^0 for the negatives' batch and (6.73) u_{i,t+1} for u_{i,t}. The
     authors' code reports a surrogate whose value is not the objective, averages u over ranks only
-    at the end of an epoch and loses it on resume. A row repeated within a batch counts once.
+    at the end of an epoch and loses it on resume. A prompt that stands twice in a mini-batch (on
+    two ranks, say) pools its negatives: each of its gold rows counts, its u moves once.
 
     Raises:
         ValueError: tau <= 0, gamma outside (0, 1], an unknown score or u_init, a missing index,
@@ -108,24 +110,25 @@ class DFT(SequenceObjective):
         """Return the objective of the joined rows; see the class."""
         index = require_index(type(self).__name__, index)
         scores, targets, index, ref = join(widened(scores), targets, index, ref_log_likelihood)
+        gold, slot = targets > 0.5, slots(index)
         exponent = self._exponent(scores, ref)
-        gold, pairs = self._pairs(targets, index)
-        log_g = masked_logmeanexp(exponent[None, :].expand(pairs.shape), pairs)  # (R,)
-        anchors = gold & pairs.any(-1)
+        log_g, count = group_mean(exponent, slot, ~gold, log=True)
+        anchors = gold & (count > 0)
         log_u = self.inner(log_g, index, where=anchors)
         loss = masked_mean(-scores + self.tau * torch.where(anchors, log_u, 0.0), gold)
         with torch.no_grad():
-            log_weight = torch.where(anchors, log_g - log_u, 0.0)
-            fraction = effective_fraction(exponent[None, :].expand(pairs.shape), pairs)
+            squares, _ = group_mean(2 * exponent, slot, ~gold, log=True)
+            negatives = same_group(slot, scores) * (~gold).to(scores.dtype)
+            wins = weighted_mean(differences(scores).lt_(0.0), negatives)
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
                 "log_u/max": masked_max(log_u, anchors),
-                "negatives/weight": masked_mean(log_weight.exp(), anchors),
-                "negatives/effective_fraction": masked_mean(fraction, anchors),
+                "negatives/weight": masked_mean((log_g - log_u).exp(), anchors),
+                "negatives/effective_fraction": masked_mean((2 * log_g - squares).exp(), anchors),
                 "score/gold": masked_mean(scores, gold),
                 "score/negative": masked_mean(scores, ~gold),
-                "auc": masked_mean((scores[:, None] > scores[None, :]).to(scores.dtype), pairs),
+                "auc": masked_mean(wins, anchors),
             }
         return ObjectiveOutput(loss, metrics)
 
@@ -138,11 +141,10 @@ class DFT(SequenceObjective):
         ref_log_likelihood: Tensor | None = None,
     ) -> Tensor:
         """(6.69) with the mean over all given negatives, without state."""
-        gold, pairs = self._pairs(targets, index)
-        exponent = self._exponent(scores, ref_log_likelihood)
-        log_g = masked_logmeanexp(exponent[None, :].expand(pairs.shape), pairs)
-        normaliser = torch.where(pairs.any(-1), log_g, 0.0)
-        return masked_mean(-scores + self.tau * normaliser, gold)
+        gold = targets > 0.5
+        exponent = self._exponent(widened(scores), ref_log_likelihood)
+        log_g, count = group_mean(exponent, slots(index), ~gold, log=True)
+        return masked_mean(-scores + self.tau * torch.where(count > 0, log_g, 0.0), gold)
 
     def _exponent(self, scores: Tensor, ref: Tensor | None) -> Tensor:
         if not self.importance_weight:
@@ -153,11 +155,6 @@ class DFT(SequenceObjective):
                 "pass log pi_ref(y'|x) of every row, or set importance_weight=False (DFT2)"
             )
         return scores / self.tau - ref
-
-    @staticmethod
-    def _pairs(targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        gold = targets > 0.5
-        return gold, same_group(index) & gold[:, None] & ~gold[None, :]
 
 
 class DFT2(DFT):

@@ -4,9 +4,17 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import join
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_logmeanexp, masked_mean, widened
+from llm_xrisk.fcco.groups import group_sum, slots
+from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, widened
+from llm_xrisk.objectives.pairs import (
+    differences,
+    effective_fraction,
+    logmeanexp,
+    same_group,
+    weighted_mean,
+)
 from llm_xrisk.objectives.scores import KL_TERMS, SCORES
-from llm_xrisk.objectives.sequence import SequenceObjective, effective_fraction, same_group
+from llm_xrisk.objectives.sequence import SequenceObjective, kl_statistics
 from llm_xrisk.objectives.surrogates import Surrogate, identity
 
 _SCORE_NAMES = {"log_likelihood": "mean_log_likelihood", "likelihood_ratio": "likelihood_ratio"}
@@ -86,7 +94,7 @@ class DisCO(SequenceObjective):
             )
         if normalizer not in ("valid", "all"):
             raise ValueError(f'normalizer must be "valid" or "all", got {normalizer!r}')
-        self.score = _SCORE_NAMES[score]
+        self.score = self._score = _SCORE_NAMES[score]
         self.tau, self.delta, self.kl_penalty = tau, delta, kl_penalty
         self.kl_estimator, self.surrogate, self.normalizer = kl_estimator, surrogate, normalizer
 
@@ -95,7 +103,7 @@ class DisCO(SequenceObjective):
     ) -> dict[str, Tensor]:
         """Scores, and the sum over tokens of the KL terms."""
         return {
-            "scores": SCORES[self.score](log_probs, mask, old_log_probs),
+            "scores": SCORES[self._score](log_probs, mask, old_log_probs),
             "kl": KL_TERMS[self.kl_estimator](log_probs, mask, old_log_probs),
         }
 
@@ -116,19 +124,16 @@ class DisCO(SequenceObjective):
         discriminative, metrics = self._discriminative(scores, targets, group)
         if kl is None or length is None:
             return ObjectiveOutput(discriminative, metrics)
-        tokens = length.sum().clamp(min=1)
-        mean_kl = kl.sum() / tokens
+        mean_kl, error = kl_statistics(kl, length)
         excess = (mean_kl - self.delta).clamp(min=0)
         loss = discriminative + self.kl_penalty * excess.square()
-        with torch.no_grad():
-            spread = (kl - mean_kl * length).square().sum().sqrt() / tokens
-            metrics |= {
-                "objective": loss.detach(),
-                f"kl/{self.kl_estimator}": mean_kl.detach(),
-                "kl/standard_error": spread,
-                "kl/multiplier": 2 * self.kl_penalty * excess,
-                "kl/violated": (mean_kl > self.delta).to(scores.dtype),
-            }
+        metrics |= {
+            "objective": loss.detach(),
+            f"kl/{self.kl_estimator}": mean_kl.detach(),
+            "kl/standard_error": error,
+            "kl/multiplier": 2 * self.kl_penalty * excess.detach(),
+            "kl/violated": (mean_kl.detach() > self.delta).to(scores.dtype),
+        }
         return ObjectiveOutput(loss, metrics)
 
     def exact(self, scores: Tensor, targets: Tensor, *, group: Tensor) -> Tensor:
@@ -138,28 +143,28 @@ class DisCO(SequenceObjective):
     def _discriminative(
         self, scores: Tensor, targets: Tensor, group: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        right, same = targets > 0.5, same_group(group)
-        pairs = same & right[:, None] & ~right[None, :]
-        pairwise = self.surrogate(scores[None, :] - scores[:, None])  # (R, R), row: right answer
+        right, slot = targets > 0.5, slots(group)
+        wrong_weight = (~right).to(scores.dtype)
+        pairs = same_group(slot, scores) * wrong_weight  # (R, R), row: an answer, its wrong ones
+        pairwise = self.surrogate(differences(scores))
         if self.tau is None:
-            inner = masked_mean(pairwise, pairs, dim=-1)
+            inner, fraction = weighted_mean(pairwise, pairs), torch.ones_like(scores)
         else:
-            inner = self.tau * masked_logmeanexp(pairwise / self.tau, pairs)
-        valid = pairs.any(-1)
+            log_mean, share = logmeanexp(pairwise, pairs, self.tau)
+            inner, fraction = self.tau * log_mean, effective_fraction(share, pairs)
+        wrong, size = group_sum(wrong_weight, slot), group_sum(torch.ones_like(scores), slot)
+        valid = right & (wrong > 0)
         # each right answer weighs 1 / (number of right answers): a valid question weighs 1
-        share = valid.to(scores.dtype) / (same & right[None, :]).sum(-1).clamp(min=1)
-        questions = same.sum(-1).to(scores.dtype).reciprocal().sum()
-        divisor = share.sum() if self.normalizer == "valid" else questions
-        loss = (torch.where(valid, inner, 0.0) * share).sum() / divisor.clamp(min=1)
+        weight = valid.to(scores.dtype) / (size - wrong).clamp(min=1)
+        questions = size.reciprocal().sum()
+        divisor = weight.sum() if self.normalizer == "valid" else questions
+        loss = (torch.where(valid, inner, 0.0) * weight).sum() / divisor.clamp(min=1)
         with torch.no_grad():
-            tau = self.tau if self.tau is not None else float("inf")
             metrics = {
                 "objective": loss.detach(),
                 "discriminative": loss.detach(),
-                "groups/valid_fraction": share.sum() / questions.clamp(min=1),
-                "negatives/effective_fraction": masked_mean(
-                    effective_fraction(pairwise.detach() / tau, pairs), valid
-                ),
+                "groups/valid_fraction": weight.sum() / questions.clamp(min=1),
+                "negatives/effective_fraction": masked_mean(fraction, valid),
                 "score/right": masked_mean(scores, right),
                 "score/wrong": masked_mean(scores, ~right),
             }

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from llm_xrisk.objectives.base import Objective, masked_logmeanexp
+from llm_xrisk.objectives.base import Objective
 from llm_xrisk.objectives.scores import SCORES
 
 
@@ -18,7 +18,7 @@ class SequenceObjective(Objective):
         needs_old: Whether the scores compare with the policy that generated the completions.
     """
 
-    score: str = "log_likelihood"
+    score: str | None = "log_likelihood"
     needs_old: bool = False
 
     def row_scores(
@@ -32,21 +32,29 @@ class SequenceObjective(Objective):
             old_log_probs: (R, T) of the policy that generated them, or None.
             targets: (R,) labels or rewards.
         """
-        return {"scores": SCORES[self.score](log_probs, mask, old_log_probs)}
+        return {"scores": SCORES[self.score or "log_likelihood"](log_probs, mask, old_log_probs)}
 
 
-def same_group(group: Tensor) -> Tensor:
-    """(R, R) mask of the rows that belong to one question."""
-    return group[:, None] == group[None, :]
+def kl_statistics(kl: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean KL per token of the mini-batch, with gradient, and its standard error.
 
-
-def effective_fraction(values: Tensor, mask: Tensor) -> Tensor:
-    """Effective number of entries under weights exp(values), as a fraction of their number.
-
-    (sum w)^2 / (m sum w^2) over the last dimension: 1 is uniform, 1/m a single entry.
+    Args:
+        kl: (R,) sums over tokens.
+        length: (R,) numbers of tokens.
 
     Example:
-        >>> effective_fraction(torch.tensor([0.0, -99.0]), torch.tensor([True, True]))
-        tensor(0.5000)
+        >>> import torch
+        >>> kl_statistics(torch.tensor([0.5, 0.1]), torch.tensor([2, 1]))
+        (tensor(0.2000), tensor(0.0471))
     """
-    return (2 * masked_logmeanexp(values, mask) - masked_logmeanexp(2 * values, mask)).exp()
+    tokens = length.sum().clamp(min=1)
+    mean = kl.sum() / tokens
+    error = (kl - mean * length).detach().square().sum().sqrt() / tokens
+    return mean, error
+
+
+def require_length(name: str, length: Tensor | None) -> Tensor:
+    """Return ``length`` or raise the error that shows how to get it."""
+    if length is None:
+        raise ValueError(f"{name} weighs tokens and got no length; pass length=mask.sum(-1)")
+    return length
