@@ -1,0 +1,107 @@
+"""One-way partial AUC with soft weights (section 6.4.3)."""
+
+import torch
+from torch import Tensor
+
+from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco.schedules import GammaSchedule
+from llm_xrisk.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    masked_max,
+    masked_mean,
+    require_index,
+    widened,
+)
+from llm_xrisk.objectives.pairs import differences, effective_fraction, logmeanexp
+from llm_xrisk.objectives.surrogates import Surrogate, squared_hinge
+
+
+class OPAUCSoft(Objective):
+    r"""One-way partial AUC, SOPA-s: ranks positives above the hardest negatives.
+
+    .. math:: F(w) = \frac{1}{n_+} \sum_{x_i \in S_+} \tau \log \Big( \frac{1}{n_-}
+              \sum_{x_j \in S_-} \exp\frac{\ell(h_j - h_i)}{\tau} \Big) \qquad (6.28)
+
+    Inner value g_i = mean_j exp(l_ij / tau) over the negatives, outer function f = tau log,
+    tracked as log u_i in the form of (6.14). The gradient is Algorithm 30, line 9, with weights
+    exp(l_ij / tau) / u_i; the loss is the objective's value at u.
+
+    Args:
+        num_samples: n, the number of examples the index counts.
+        gamma: Weight of the new mini-batch value in (0, 1]; 0.9 and 0.1 in the authors' recipes.
+        tau: Temperature > 0: the smaller, the fewer negatives count; 1.0 in the recipes.
+        surrogate: l, non-decreasing.
+        state_dtype: dtype of the state.
+
+    Shapes:
+        scores (B,), targets (B,) 1 or 0, index (B,).
+
+    State: one log u per sample, 5 bytes; positives alone use theirs.
+
+    Departures: the first visit of a sample stores its mini-batch value and the state is a
+    logarithm; the authors' library starts at 0 and overflows from tau = 0.04 down.
+
+    Raises:
+        ValueError: gamma outside (0, 1], tau <= 0, or a missing index.
+
+    Example:
+        >>> objective = OPAUCSoft(num_samples=3, tau=1.0)
+        >>> scores, targets = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1, 0, 0])
+        >>> objective(scores, targets, index=torch.tensor([0, 1, 2])).loss  # every l is 0
+        tensor(0.)
+
+    Relations: gamma=1 is the mini-batch loss; DisCO's L_2 is this on the answers to one question
+    with l(s) = s; DFT and SogCLR keep the same log u for other scores. tau to infinity is AUC.
+
+    Source: book section 6.4.3, Algorithm 30; Zhu et al., ICML 2022.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        gamma: float | GammaSchedule = 0.9,
+        tau: float = 1.0,
+        *,
+        surrogate: Surrogate = squared_hinge,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if tau <= 0:
+            raise ValueError(f"tau must be positive, got {tau}; the authors use 1.0")
+        self.tau, self.surrogate = tau, surrogate
+        self.inner = InnerEstimator(num_samples, gamma, log=True, state_dtype=state_dtype)
+
+    def forward(
+        self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """Return the objective of the joined rows; see the class."""
+        index = require_index(type(self).__name__, index)
+        scores, targets, index = join(widened(scores), targets, index)
+        positive = targets > 0.5
+        log_g, share, negatives = self._log_inner_values(scores, positive)
+        anchors = positive & (negatives.sum() > 0)
+        log_u = self.inner(log_g, index, where=anchors)
+        loss = self.tau * masked_mean(log_u, anchors)
+        with torch.no_grad():
+            fraction = effective_fraction(share, negatives)
+            metrics = {
+                "objective": loss.detach(),
+                "log_u/mean": masked_mean(log_u, anchors),
+                "log_u/max": masked_max(log_u, anchors),
+                "negatives/effective_fraction": masked_mean(fraction, anchors),
+                "skipped": (~anchors.any()).to(scores.dtype),
+            }
+        return ObjectiveOutput(loss, metrics)
+
+    def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(6.28) of the given rows, without state."""
+        positive = targets > 0.5
+        log_g, _, negatives = self._log_inner_values(widened(scores), positive)
+        return self.tau * masked_mean(log_g, positive & (negatives.sum() > 0))
+
+    def _log_inner_values(self, scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log g of every row as anchor, the negatives' shares in it, and their weights."""
+        negatives = (~positive).to(scores.dtype)
+        pairwise = self.surrogate(differences(scores))
+        return *logmeanexp(pairwise, negatives, self.tau), negatives
