@@ -72,7 +72,7 @@ class DFTCollator:
     """Turns prompts with a gold answer and a pool of negatives into rows.
 
     Each prompt gives one gold row (target 1) and ``num_negatives`` rows (target 0) drawn without
-    replacement from its pool; epoch after epoch goes through the pool in an order of its own
+    replacement from its pool; epochs go through the whole pool, turn after turn in a new order,
     before any negative returns. The draw depends on seed, index and epoch alone.
 
     Rows of the dataset need ``index``, ``prompt_ids``, ``completion_ids``, ``negative_ids`` and,
@@ -113,7 +113,8 @@ class DFTCollator:
             known = row.get("ref_log_likelihoods")
             if known is None and self.reference is not None:
                 known = self.reference[int(row["index"])]
-            if known is not None:
+            if known is not None or not chosen:
+                known = known or ()
                 reference += [0.0, *(known[j] for j in chosen)]
         batch = pad_rows(
             columns["prompt"],
@@ -140,17 +141,20 @@ class DFTCollator:
         m = min(self.num_negatives, available)
         if m == 0:
             return []
-        turn, offset = divmod(self.epoch * m, available)
-        order = self._order(index, turn, available)
-        if offset + m > available:
-            again = [j for j in self._order(index, turn + 1, available) if j not in order[offset:]]
-            order = order[offset:] + again
-            offset = 0
-        return order[offset : offset + m]
+        start, turn, sequence = self.epoch * m, 0, list[int]()
+        while len(sequence) < start + m:
+            order = self._order(index, turn, available)
+            # the visit that ends one turn and begins the next must not see a negative twice
+            ending = sequence[len(sequence) - len(sequence) % m :]
+            sequence += [j for j in order if j not in ending] + [j for j in order if j in ending]
+            turn += 1
+        return sequence[start : start + m]
 
     def _order(self, index: int, turn: int, available: int) -> list[int]:
         def key(j: int) -> bytes:
-            return hashlib.blake2b(f"{self.seed}/{index}/{turn}/{j}".encode(), digest_size=8).digest()
+            return hashlib.blake2b(
+                f"{self.seed}/{index}/{turn}/{j}".encode(), digest_size=8
+            ).digest()
 
         return sorted(range(available), key=key)
 

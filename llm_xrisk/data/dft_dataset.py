@@ -31,7 +31,8 @@ def prepare_dft_dataset(
 
     Raises:
         ValueError: no index column, a question without a gold answer, no usable negative in the
-            whole data set, or token rows longer than ``max_length``.
+            whole data set, likelihoods that do not match the negatives, or token rows longer than
+            ``max_length``.
         IndexError: index values other than 0..n-1, each once.
     """
     if len(dataset) == 0:
@@ -103,6 +104,7 @@ def _check_index(index: Iterable[int], rows: int) -> None:
 
 def _check_rows(dataset: Any, max_length: int, needs_negatives: bool) -> None:
     usable = 0
+    with_reference = dataset[0].get("ref_log_likelihoods") is not None
     for row in dataset:
         negatives = row.get("negative_ids") or []
         usable += len(negatives)
@@ -112,7 +114,11 @@ def _check_rows(dataset: Any, max_length: int, needs_negatives: bool) -> None:
                 "empty; leave such questions out"
             )
         if any(len(ids) == 0 for ids in negatives):
-            raise ValueError(f"the question with index {row['index']} has an empty negative")
+            raise ValueError(
+                f"the question with index {row['index']} has an empty negative; an answer needs "
+                "at least one token: leave it out"
+            )
+        _check_reference(row, len(negatives), with_reference)
         longest = max(len(ids) for ids in (row["completion_ids"], *negatives))
         if len(row["prompt_ids"]) + longest > max_length:
             raise ValueError(
@@ -128,5 +134,22 @@ def _check_rows(dataset: Any, max_length: int, needs_negatives: bool) -> None:
         )
 
 
+def _check_reference(row: Mapping[str, Any], negatives: int, expected: bool) -> None:
+    reference = row.get("ref_log_likelihoods")
+    if expected != (reference is not None):
+        raise ValueError(
+            f"the question with index {row['index']} has {'no' if expected else 'some'} "
+            "ref_log_likelihoods, unlike the first one; give them for all negatives of the data "
+            "set, or drop the column to have them computed"
+        )
+    if reference is not None and len(reference) != negatives:
+        raise ValueError(
+            f"the question with index {row['index']} has {len(reference)} ref_log_likelihoods for "
+            f"{negatives} negatives, and each needs its own; build the pool again"
+        )
+
+
 def _column(dataset: Any, name: str) -> list[int]:
-    return [int(row[name]) for row in dataset] if isinstance(dataset, list) else list(dataset[name])
+    if hasattr(dataset, "column_names"):
+        return list(dataset[name])
+    return [int(row[name]) for row in dataset]

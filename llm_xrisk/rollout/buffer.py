@@ -40,7 +40,9 @@ class RolloutBuffer:
             ([[2]], [[3]])
         """
         lists = [f.name for f in fields(self) if f.name != "steps"]
-        taken = RolloutBuffer(**{name: getattr(self, name)[:rows] for name in lists}, steps=self.steps)
+        taken = RolloutBuffer(
+            **{name: getattr(self, name)[:rows] for name in lists}, steps=self.steps
+        )
         for name in lists:
             del getattr(self, name)[:rows]
         self.steps += 1
@@ -70,11 +72,12 @@ class RolloutBuffer:
         )
 
 
-def _ragged(
-    name: str, rows: Sequence[Sequence[float]], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _ragged(name: str, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> dict[str, Tensor]:
     flat = torch.tensor([value for row in rows for value in row], dtype=dtype)
-    return {name: flat, f"{name}.lengths": torch.tensor([len(row) for row in rows], dtype=torch.long)}
+    return {
+        name: flat,
+        f"{name}.lengths": torch.tensor([len(row) for row in rows], dtype=torch.long),
+    }
 
 
 def _rows(state: dict[str, Tensor], name: str) -> list[list]:

@@ -113,7 +113,7 @@ def test_a_second_backward_pass_is_refused():
     logits, targets = random_logits(torch.float32)
     values, _ = selective_log_softmax(logits.requires_grad_() * 1, targets)
     values.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated twice.*compute the log-prob"):
+    with pytest.raises(RuntimeError, match="differentiated twice"):
         values.sum().backward()
 
 
@@ -178,7 +178,7 @@ def test_keep_limits_the_logits_to_the_completions(model):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_without_a_policy_is_refused(model, temperature):
-    with pytest.raises(ValueError, match=f"must be positive.*got {temperature}"):
+    with pytest.raises(ValueError, match=f"got {temperature}"):
         batched(model, "left", temperature=temperature)
 
 
