@@ -8,7 +8,6 @@ Hardware: two CPU cores, no network. Finished stages are reused, interrupted one
 model use pool.py, dft.py, disco.py and evaluate.py beside this file.
 """
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def main(script_args: ScriptArguments, config: QuickstartConfig) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module="torch.utils.data")
     main(
         *RecipeParser(
             (ScriptArguments, QuickstartConfig), description=__doc__

@@ -71,6 +71,8 @@ class ScoreConfig(TrainingArguments):
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = bool(gpu and torch.cuda.is_bf16_supported() and not self.fp16)
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # it would only warn
         super().__post_init__()
 
 

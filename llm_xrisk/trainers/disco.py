@@ -222,7 +222,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             num_generations=count,
         )
         repeated = [row for row in rows for _ in range(count)]
-        grades = self.grade(repeated, batch.completion_ids, self.state)
+        grades = self.grade(repeated, batch.completion_ids, batch.finish_reasons, self.state)
         known = torch.tensor(grades.targets)
         lengths = torch.tensor([float(len(ids)) for ids in batch.completion_ids])
         clipped = torch.tensor([float(r == "length") for r in batch.finish_reasons])
@@ -331,7 +331,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             num_generations=self.rollout.num_generations,
         )
         repeated = [row for row in rows for _ in range(self.rollout.num_generations)]
-        grades = self.grade(repeated, batch.completion_ids, self.state)
+        grades = self.grade(repeated, batch.completion_ids, batch.finish_reasons, self.state)
         real = torch.tensor(batch.sample_ids) < len(data)
         values = {
             "reward": torch.tensor(grades.targets)[real],

@@ -87,9 +87,13 @@ class Grader:
         self.threshold, self.decode = threshold, decode
 
     def __call__(
-        self, rows: Sequence[Mapping[str, Any]], completion_ids: list[list[int]], state: Any
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completion_ids: list[list[int]],
+        finish_reasons: list[str],
+        state: Any,
     ) -> Grades:
-        """Grade one completion per row.
+        """Grade one completion per row; functions also get the column ``finish_reasons``.
 
         Raises:
             ValueError: a function returned another number of rewards, or they are not binary.
@@ -107,6 +111,7 @@ class Grader:
                 prompts=prompts,
                 completions=texts,
                 completion_ids=completion_ids,
+                finish_reasons=finish_reasons,
                 trainer_state=state,
                 log_metric=lambda key, value: grades.metrics.__setitem__(str(key), float(value)),
                 log_extra=lambda key, value: None,
