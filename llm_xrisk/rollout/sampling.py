@@ -1,7 +1,6 @@
 """Sampling that depends on the row alone: Gumbel-max with counter-based noise."""
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -30,9 +29,7 @@ def _mix64_(x: Tensor) -> Tensor:
     return _xor_shift_(x, 31)
 
 
-def counter_gumbel(
-    row_seeds: Int[Tensor, " rows"], step: int, vocab_size: int
-) -> Float[Tensor, "rows vocab"]:
+def counter_gumbel(row_seeds: Tensor, step: int, vocab_size: int) -> Tensor:
     r"""Standard Gumbel noise that is a function of (row seed, step, token id).
 
     .. math:: g = -\log(-\log u), \quad u = (\lfloor h / 2^{12} \rfloor + 1/2) / 2^{52}
@@ -62,9 +59,7 @@ def counter_gumbel(
     return uniform.log_().neg_().log_().neg_().to(torch.float32)
 
 
-def truncate_logits(
-    logits: Float[Tensor, "rows vocab"], *, top_k: int = 0, top_p: float = 1.0
-) -> Float[Tensor, "rows vocab"]:
+def truncate_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Set to -inf all but the ``top_k`` likeliest tokens, and of these all beyond mass ``top_p``.
 
     Args:
@@ -101,17 +96,13 @@ class GumbelSampler(LogitsProcessor):
         sampling: Temperature, top-k and top-p.
     """
 
-    def __init__(
-        self, row_seeds: Int[Tensor, " rows"], prompt_length: int, sampling: SamplingConfig
-    ) -> None:
+    def __init__(self, row_seeds: Tensor, prompt_length: int, sampling: SamplingConfig) -> None:
         self.row_seeds = row_seeds
         self.prompt_length = prompt_length
         self.sampling = sampling
         self._chosen_log_probs: list[Tensor] = []
 
-    def __call__(
-        self, input_ids: Int[Tensor, "rows length"], scores: Float[Tensor, "rows vocab"]
-    ) -> Float[Tensor, "rows vocab"]:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores whose argmax is the token to take, (rows, vocab)."""
         greedy = self.sampling.temperature == 0
         logits = scores.float() if greedy else scores.float() / self.sampling.temperature
@@ -125,6 +116,6 @@ class GumbelSampler(LogitsProcessor):
         self._chosen_log_probs.append(chosen[:, 0])
         return choice
 
-    def log_probs(self) -> Float[Tensor, "rows steps"]:
+    def log_probs(self) -> Tensor:
         """Log pi of every token so far, before top-k and top-p; (rows, steps) float32."""
         return torch.stack(self._chosen_log_probs, dim=1)

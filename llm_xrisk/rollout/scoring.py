@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from llm_xrisk.models.logprobs import token_log_probs
@@ -27,9 +26,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class LeftPadded:
     """Rows of unequal length, aligned at their last token; all fields (rows, length) int64."""
 
-    input_ids: Int[Tensor, "rows length"]
-    attention_mask: Int[Tensor, "rows length"]
-    position_ids: Int[Tensor, "rows length"]
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
 
 
 def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> LeftPadded:
