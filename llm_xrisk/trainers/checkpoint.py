@@ -1,5 +1,6 @@
 """Checkpoints: the objective's state beside the optimizer's, whole or not at all."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,11 @@ def save_tensors(
     os.replace(partial, path)
 
 
+def invalidate(directory: str) -> None:
+    """Take the mark of completeness from a checkpoint that is about to be written again."""
+    (Path(directory) / _STATE_NAME).unlink(missing_ok=True)
+
+
 def last_complete_checkpoint(output_dir: str | None) -> str:
     """The newest ``checkpoint-N`` that was written to its end.
 
@@ -61,7 +67,7 @@ def last_complete_checkpoint(output_dir: str | None) -> str:
     found: list[tuple[int, Any]] = []
     for path in Path(output_dir or ".").glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and (path / _STATE_NAME).is_file():
+        if number.isdigit() and _is_complete(path):
             found.append((int(number), path))
     if not found:
         raise ValueError(
@@ -69,3 +75,11 @@ def last_complete_checkpoint(output_dir: str | None) -> str:
             "a new run"
         )
     return str(max(found)[1])
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        json.loads((path / _STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True

@@ -13,6 +13,7 @@ an objective is a mean over groups that no micro-batch splits.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,12 @@ from llm_xrisk.models import TokenLogProbs, token_log_probs
 from llm_xrisk.objectives import ObjectiveOutput, SequenceObjective
 from llm_xrisk.rollout.scoring import evaluation_mode
 from llm_xrisk.trainers.callbacks import EpochCallback
-from llm_xrisk.trainers.checkpoint import last_complete_checkpoint, load_objective, save_objective
+from llm_xrisk.trainers.checkpoint import (
+    invalidate,
+    last_complete_checkpoint,
+    load_objective,
+    save_objective,
+)
 
 Batch = dict[str, Any]
 _ROW_COLUMNS = ("index", "group", "length", "ref_log_likelihood")
@@ -55,11 +61,22 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     loss_is_scaled_for_ga = True
 
     def setup_objective(self, objective: SequenceObjective) -> None:
-        """Take the objective; call after ``Trainer.__init__``."""
+        """Take the objective; call after ``Trainer.__init__``.
+
+        Raises:
+            ValueError: the process would train on several GPUs by itself.
+        """
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"got {self.args.n_gpu} GPUs in one process (nn.DataParallel), which splits a "
+                "mini-batch behind the objective's back; start one process for each, with "
+                "accelerate launch, or show one by CUDA_VISIBLE_DEVICES"
+            )
         self.objective = objective.to(self.args.device)
         parameters = inspect.signature(type(objective).forward).parameters
         self._row_columns = [name for name in _ROW_COLUMNS if name in parameters]
-        self._recorded: dict[str, dict[str, list[Tensor]]] = {"train": {}, "eval": {}}
+        self._recorded: dict[str, dict[str, list[tuple[Tensor, Tensor]]]]
+        self._recorded = {"train": {}, "eval": {}}
         # transformers < 5.19 asks these two instead of loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = False
         self.compute_loss_func = _unused_loss
@@ -97,13 +114,14 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         rows = self.row_scores(model, inputs)
         if "coefficients" not in inputs:
             output = self._objective_of(rows, inputs)
-            self.record(dict(output.metrics), "train" if model.training else "eval")
-            loss = output.loss * inputs.get("share", 1.0)
+            share = inputs.get("share")
+            self.record(dict(output.metrics), "train" if model.training else "eval", share)
+            loss = output.loss if share is None else output.loss * share
         else:
             weighted = [(inputs["coefficients"][name] * rows[name]).sum() for name in rows]
             surrogate = torch.stack(weighted).sum()
             # the value of the objective, the gradient of the weighted scores
-            loss = surrogate + (inputs["loss_value"] - surrogate).detach()
+            loss = inputs["loss_value"] + (surrogate - surrogate.detach())
         return (loss, rows) if return_outputs else loss
 
     def row_scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -154,7 +172,9 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
 
     def _objective_of(self, rows: dict[str, Tensor], batch: Batch) -> ObjectiveOutput:
         extra = {name: batch[name] for name in self._row_columns if name in batch}
-        return self.objective(targets=batch["targets"], **rows, **extra)
+        # sums over rows stay in the scores' precision, whatever the model computes in
+        with torch.autocast(self.args.device.type, enabled=False):
+            return self.objective(targets=batch["targets"], **rows, **extra)
 
     def _group_shares(self, batches: list[Batch]) -> list[Tensor] | None:
         """Each batch's share of the groups, or None where a sample stands in two batches."""
@@ -168,6 +188,12 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         if bool(split.any()):
             return None
         return list(total / total.sum().clamp(min=1))
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move to the device, keep the dtype: DeepSpeed's bfloat16 is for models, not for scores."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     # -- evaluation, metrics -----------------------------------------------------------------
 
@@ -188,10 +214,16 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         output.metrics.update({f"{prefix}_{name}": value for name, value in averages.items()})
         return output
 
-    def record(self, metrics: dict[str, Tensor], mode: str = "train") -> None:
-        """Keep metrics of this step; the next log line shows their mean."""
+    def record(
+        self, metrics: dict[str, Tensor], mode: str = "train", weight: Tensor | None = None
+    ) -> None:
+        """Keep metrics of this step, or of the share ``weight`` of it.
+
+        The next log line shows their mean; NaN is no measurement and left out.
+        """
         for name, value in metrics.items():
-            self._recorded[mode].setdefault(name, []).append(value.detach())
+            share = torch.ones_like(value) if weight is None else weight.to(value)
+            self._recorded[mode].setdefault(name, []).append((value.detach(), share))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the metrics recorded since the last training line."""
@@ -201,7 +233,8 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
 
     def _averages(self, mode: str) -> dict[str, float]:
         recorded, self._recorded[mode] = self._recorded[mode], {}
-        return {n: float(torch.stack([v.float() for v in vs]).mean()) for n, vs in recorded.items()}
+        means = {name: _weighted_mean(measured) for name, measured in recorded.items()}
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -210,6 +243,16 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, which is none before its last file, the trainer's state, is there."""
+        if self.args.should_save:
+            invalidate(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the first process declares all files written
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -231,6 +274,16 @@ def _without_inert_rows(batch: Batch) -> Batch:
     if len(rows) == 0:  # every process runs the same number of backward passes
         rows = torch.zeros(1, dtype=torch.long, device=active.device)
     return select_rows(batch, rows)
+
+
+def _weighted_mean(measured: list[tuple[Tensor, Tensor]]) -> float:
+    """Mean of (value, weight) pairs, NaN where no value is a number."""
+    values = torch.stack([value for value, _ in measured]).float()
+    weights = torch.stack([weight for _, weight in measured]).float() * ~values.isnan()
+    return float(
+        (values.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) * weights).sum()
+        / weights.sum()
+    )
 
 
 def _unused_loss(*args: Any, **kwargs: Any) -> Tensor:
