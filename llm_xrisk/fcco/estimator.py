@@ -88,8 +88,10 @@ class InnerEstimator(KeyedState):
     def forward(self, g: Tensor, index: Tensor, where: Tensor | None = None) -> Tensor:
         """Update the state of the rows' samples and return it with the gradient of ``g``.
 
-        Rows with equal ``index`` count as one observation, their mean. Rows outside ``where``
-        change nothing and come back as ``g``.
+        Each of several rows with equal ``index`` is averaged with the u that all of them found,
+        and the mean of the results is kept: two views of a sample have a u each and share its
+        state (section 6.5.2), and with gamma = 1 every row comes back as ``g``. Rows outside
+        ``where`` change nothing and come back as ``g``.
 
         Args:
             g: (B, *shape) mini-batch inner values (their logarithms if ``log``).
@@ -114,15 +116,14 @@ class InnerEstimator(KeyedState):
         return value if where is None else torch.where(columns(where, g), value, g.to(value.dtype))
 
     def _update(self, g: Tensor, index: Tensor, observed: Tensor) -> Tensor:
-        mean, count = group_mean(g, slots(index), observed, log=self.log)
         u, visited = self.u[index], self.visited[index]
         rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
-        new = rule(u, mean, self.gamma)
+        new = rule(u, g, self.gamma)
         if self.initial is None:
-            new = torch.where(columns(visited, u), new, mean)
-        new = torch.where(columns(count > 0, u), new, u)
-        # rows of one sample all write the same value, so the order of the writes cannot matter
-        self.u.index_copy_(0, index, new)
+            new = torch.where(columns(visited, u), new, g)
+        # rows of one sample all write their mean, so the order of the writes cannot matter
+        mean, count = group_mean(new, slots(index), observed, log=self.log)
+        self.u.index_copy_(0, index, torch.where(columns(count > 0, u), mean, u))
         self.visited.index_copy_(0, index, visited | (count > 0))
         return new
 

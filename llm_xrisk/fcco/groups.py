@@ -12,9 +12,9 @@ def slots(index: Tensor) -> Tensor:
         tensor([1, 0, 1])
     """
     ordered, order = torch.sort(index, stable=True)
-    starts = torch.ones_like(index)
+    starts = torch.ones_like(order)
     starts[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(index).scatter_(0, order, starts.cumsum(0) - 1)
+    return torch.empty_like(order).scatter_(0, order, starts.cumsum(0) - 1)
 
 
 def group_sum(values: Tensor, slot: Tensor) -> Tensor:

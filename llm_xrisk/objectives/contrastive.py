@@ -28,8 +28,9 @@ class GlobalContrastive(Objective):
 
     Both views of a sample are anchors, each the positive of the other; the negatives of both are
     the 2 (B - 1) views of other samples. Inner value g_i = mean_j exp(h_i^T h_j / tau), outer
-    function f = tau log(eps + .), tracked as log u_i in the form of (6.14); one u_i serves both
-    views. The gradient is Algorithm 34, line 8; the loss is the objective's value at u.
+    function f = tau log(eps + .), tracked as log u_i in the form of (6.14); each view computes
+    with its own u, whose mean is the u_i kept. The gradient is Algorithm 34, line 8; the loss is
+    the objective's value at u.
 
     Args:
         num_samples: n, the number of samples.

@@ -41,12 +41,14 @@ def test_the_log_form_is_the_plain_one_in_value_and_gradient() -> None:
         torch.testing.assert_close(log_g.grad, g.grad * values, rtol=1e-12, atol=0)
 
 
-def test_equal_samples_count_once_with_their_mean() -> None:
+def test_rows_of_one_sample_have_a_value_each_and_leave_their_mean() -> None:
     index = torch.tensor([1, 2, 1])
     plain, log = build(initial=1.0), build(initial=0.0, log=True)
-    assert plain(rows(3.0, 5.0, 7.0), index).tolist() == [3.0, 3.0, 3.0]  # (1 + 5) / 2
-    got = log(rows(3.0, 5.0, 7.0).log(), index).exp()
-    assert got.tolist() == pytest.approx([3.0, 3.0, 3.0])
+    values = [(1 + 3) / 2, (1 + 5) / 2, (1 + 7) / 2]
+    assert plain(rows(3.0, 5.0, 7.0), index).tolist() == values
+    assert log(rows(3.0, 5.0, 7.0).log(), index).exp().tolist() == pytest.approx(values)
+    for state in (plain.u, log.u.exp()):
+        assert state[[1, 2]].tolist() == pytest.approx([(2 + 4) / 2, 3.0])
 
 
 def test_rows_outside_where_change_nothing_and_come_back_as_they_are() -> None:
