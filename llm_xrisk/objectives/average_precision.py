@@ -45,7 +45,8 @@ class AveragePrecision(Objective):
 
     Departures: the first visit of a sample stores its mini-batch value, as the book has it and
     the authors' library has not (its first gradients are 1 / gamma times too large). ``prior``
-    is ours.
+    is ours. The pair j = i is in both means, as in the book; in a batch with few positives it
+    weighs more than in the data (4 of 40: F off by 4 %).
 
     Raises:
         ValueError: gamma outside (0, 1], prior outside (0, 1), or a missing index.

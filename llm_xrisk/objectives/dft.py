@@ -163,7 +163,8 @@ class DFT2(DFT):
     .. math:: F(w) = \frac1n \sum_i \Big[ -s_i + \tau \log \frac1m \sum_j
               \exp(s_{ij}/\tau) \Big], \qquad s = \tfrac{1}{|y|} \log \pi_w(y|x) \qquad (6.71)
 
-    No reference model and no cached likelihoods are needed. Everything else is :class:`DFT`'s.
+    Inner value g_i = mean_j exp(s_ij / tau), outer function and gradient as :class:`DFT`.
+    No reference model and no cached likelihoods are needed.
     With u_0 = 1 the first visits push the negatives with weight g / (1 - gamma + gamma g) only;
     ``u_init="first_batch"`` starts them at full weight.
 
@@ -174,11 +175,24 @@ class DFT2(DFT):
         u_init: "one" or "first_batch".
         state_dtype: dtype of the state.
 
+    Shapes:
+        scores (R,), targets (R,) 1 for gold and 0 for sampled answers, index (R,).
+
+    State: one log u per prompt, 5 bytes.
+
+    Departures: as :class:`DFT`; the authors keep u_0 = 1 here too, so that is the default.
+
+    Raises:
+        ValueError: tau <= 0, gamma outside (0, 1], an unknown u_init, or a missing index.
+
     Example:
         >>> objective = DFT2(num_samples=1, gamma=1.0, tau=0.5)
         >>> scores, targets = torch.tensor([-1.0, -2.0]), torch.tensor([1, 0])
         >>> objective(scores, targets, index=torch.tensor([0, 0])).loss
         tensor(-1.)
+
+    Relations: :class:`DFT` with ``importance_weight=False`` and mean scores; tau to infinity
+    weighs the negatives alike, tau to 0 picks the likeliest.
 
     Source: book section 6.6.2; the authors' ``ref_free`` option.
     """

@@ -61,5 +61,5 @@ class DrGRPO(GRPO):
 
     def row_weights(self, share: Tensor, counted: Tensor, length: Tensor | None) -> Tensor:
         """GRPO's weight times |y| / L: the scores are means over tokens."""
-        tokens = require_length(type(self).__name__, length) / self.max_length
-        return super().row_weights(share, counted, length) * tokens
+        tokens = require_length(type(self).__name__, length).to(share.dtype)
+        return super().row_weights(share, counted, length) * tokens / self.max_length

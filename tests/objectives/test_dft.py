@@ -18,7 +18,6 @@ F64 = torch.float64
 
 class TestDFT(ObjectiveContract):
     objective_class: ClassVar[type[Objective]] = DFT
-    compile_backend: ClassVar[str] = "inductor"
     weighted = True
 
     def make_batch(self, generator: torch.Generator) -> Batch:
@@ -76,7 +75,6 @@ class TestDFT(ObjectiveContract):
 
 class TestDFT2(TestDFT):
     objective_class: ClassVar[type[Objective]] = DFT2
-    compile_backend: ClassVar[str] = "aot_eager"
     weighted = False
 
     def test_worked_example(self) -> None:
