@@ -131,6 +131,7 @@ class TransformersEngine(RolloutEngine):
             policy_version=version,
         )
         batches = length_sorted_batches([len(r.prompt) for r in requests], self.batch_size)
+        missing = self._most_batches(len(batches)) - len(batches)
         completions: dict[int, Completion] = {}
         with torch.no_grad(), evaluation_mode(self.model), self.gather(self.model):
             for rows in batches:
@@ -138,7 +139,8 @@ class TransformersEngine(RolloutEngine):
                 completions |= zip(rows, drawn, strict=True)
                 if on_progress is not None:
                     on_progress(len(rows))
-            self._accompany_other_ranks(len(batches), requests[:1], sampling)
+            for _ in range(missing):  # take part in the forward passes of busier ranks
+                self._draw(requests[:1], sampling)
         return assemble(requests, [completions[row] for row in range(len(requests))], version)
 
     def log_probs(
@@ -223,13 +225,10 @@ class TransformersEngine(RolloutEngine):
         finally:
             inner.generation_config = kept
 
-    def _accompany_other_ranks(
-        self, num_batches: int, requests: Sequence[Request], sampling: SamplingConfig
-    ) -> None:
-        """Take part in the collective forward passes of ranks that have more batches."""
+    def _most_batches(self, num_batches: int) -> int:
+        """Number of batches of the busiest rank if forward passes are collective."""
         if not (self.synced_gpus and dist.is_available() and dist.is_initialized()):
-            return
+            return num_batches
         most = torch.tensor([num_batches], device=next(self.model.parameters()).device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        for _ in range(int(most.item()) - num_batches):
-            self._draw(requests, sampling)
+        return int(most.item())

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,12 @@ from llm_xrisk.rollout.engine import (
 )
 from llm_xrisk.rollout.scoring import sequence_log_probs
 from llm_xrisk.rollout.transformers_engine import end_of_sequence_ids
-from llm_xrisk.rollout.vllm_process import leave_process_groups, process_state_kept, start_vllm
+from llm_xrisk.rollout.vllm_process import (
+    leave_process_groups,
+    process_groups_kept,
+    process_state_kept,
+    start_vllm,
+)
 from llm_xrisk.rollout.weight_sync import (
     Gather,
     check_sync,
@@ -73,7 +78,6 @@ class VLLMEngine(RolloutEngine):
 
     _alive = 0
     _opens_group = False
-    _retired: ClassVar[list[Any]] = []
 
     def __init__(
         self,
@@ -200,19 +204,14 @@ class VLLMEngine(RolloutEngine):
             check_sync(self, expected, probe, tolerance=self.tolerance)
 
     def close(self) -> None:
-        """Stop vLLM, give back its memory, and leave no process group that it opened.
-
-        The engines of one process share their groups, which vLLM tears down with any of them: one
-        that is closed while others run is stopped with the last.
-        """
+        """Stop vLLM, give back its memory, and leave no process group that it opened."""
         if self.llm is None:
             return
-        VLLMEngine._retired.append(self.llm)
+        with process_groups_kept():
+            self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
         VLLMEngine._alive -= 1
         if VLLMEngine._alive == 0:
-            while VLLMEngine._retired:
-                VLLMEngine._retired.pop().llm_engine.engine_core.shutdown()
             leave_process_groups(also_world=VLLMEngine._opens_group)
         gc.collect()
         if torch.cuda.is_available():

@@ -95,6 +95,26 @@ def process_state_kept() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def process_groups_kept() -> Iterator[None]:
+    """Let a vLLM engine shut down without destroying the groups it shares.
+
+    Its shutdown supposes a process of its own and destroys every group there is, those of other
+    engines and the trainer's among them.
+    """
+    from vllm.v1.engine import core
+
+    destroy = getattr(core, "cleanup_dist_env_and_memory", None)
+    if destroy is None:
+        yield
+        return
+    core.cleanup_dist_env_and_memory = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        core.cleanup_dist_env_and_memory = destroy
+
+
 def leave_process_groups(*, also_world: bool) -> None:
     """Close vLLM's process groups, and the world's if vLLM opened it."""
     from vllm.distributed import parallel_state

@@ -1,4 +1,5 @@
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from llm_xrisk.rollout.vllm_engine import VLLMEngine
 from llm_xrisk.rollout.vllm_process import process_state_kept
 from llm_xrisk.rollout.weight_sync import largest_difference, make_probe
 
-pytest.importorskip("vllm")
 pytestmark = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.vllm,
     # vLLM's own start: torch.distributed.reduce_op, torch.jit.script_method, SWIG types, ...
     pytest.mark.filterwarnings("default"),
