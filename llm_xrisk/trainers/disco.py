@@ -19,13 +19,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from llm_xrisk.data.collators import pad_rows
 from llm_xrisk.data.tokenize import encode_prompt
 from llm_xrisk.fcco import join
+from llm_xrisk.models import TokenLogProbs
 from llm_xrisk.objectives import OBJECTIVES, SequenceObjective
 from llm_xrisk.rollout.buffer import RolloutBuffer
 from llm_xrisk.rollout.engine import RolloutEngine, make_engine
 from llm_xrisk.rollout.scoring import evaluation_mode
 from llm_xrisk.trainers.callbacks import inert_weights
 from llm_xrisk.trainers.checkpoint import save_tensors
-from llm_xrisk.trainers.config import DisCOConfig, RolloutConfig
+from llm_xrisk.trainers.config import DisCOConfig, RolloutConfig, require_config
 from llm_xrisk.trainers.loading import disable_dropout, load_model, load_tokenizer
 from llm_xrisk.trainers.mixin import Batch, ScoreWeighBackprop
 from llm_xrisk.trainers.questions import Grader, QuestionStream, RewardFunction
@@ -47,7 +48,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         reward_funcs: One or several functions with TRL's signature,
             ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``.
         train_dataset: Rows with ``prompt`` (text or messages) and the columns that the reward
-            functions ask for. An ``index`` column gives stable ids; row numbers otherwise.
+            functions ask for.
         eval_dataset: The same, for :meth:`evaluate`.
         processing_class: Tokenizer; the model's own by default.
         peft_config: Adapter to put on the model.
@@ -57,8 +58,9 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         **kwargs: For ``transformers.Trainer``.
 
     Raises:
-        ValueError: batch sizes that split a question's answers over two steps, prompts that are
-            too long, rewards that are not binary.
+        ValueError: batch sizes that split a question's answers over two steps, columns that a
+            reward function asks for and the data set lacks, prompts that are too long, rewards
+            that are not binary.
 
     Example:
         A complete run is ``recipes/disco.py``; in short::
@@ -96,6 +98,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or DisCOConfig(output_dir="disco-output")
+        require_config(args, DisCOConfig)
         self.rollout = rollout or RolloutConfig()
         policy = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, policy)
@@ -115,11 +118,15 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         self.grade = Grader(functions, reward_weights, args.reward_threshold, decode)
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None and not isinstance(dataset, dict):
+                self.grade.check(dataset)
         self._check_layout()
         self._engine, self._buffer = engine, RolloutBuffer()
         self._stream = QuestionStream(len(train_dataset or [0]), args.data_seed or args.seed)
         self._encoded: dict[int, list[int]] = {}
-        if args.objective == "DisCO":
+        # L1 asks for uniform weights, and a single wrong answer has all of it
+        if args.objective == "DisCO" and args.tau and self.rollout.num_generations > 2:
             self.add_callback(inert_weights(0.99))
 
     def _check_layout(self) -> None:
@@ -156,11 +163,22 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         step = self._buffer.steps
         taken = self._buffer.take(size * len(batches))
         made = [self._prepare_inputs(self._collate(taken.take(size))) for _ in batches]
-        if step == 0 and len(made) > 1:  # the policy has not moved: its scores are known
+        if step == 0 and len(made) == 1:  # the policy has not moved: old is what it is now
+            made[0]["engine_log_probs"] = made[0].pop("old_log_probs")
+        elif step == 0:  # nor have the scores, which are known from the pass after the rollout
             for batch in made:
                 old, mask = batch["old_log_probs"], batch["completion_mask"][:, -batch["keep"] :]
                 batch["row_scores"] = self.objective.row_scores(old, mask, old, batch["targets"])
         return made
+
+    def row_scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Scores of the rows; those of a policy that has not moved are their own old ones."""
+        if "engine_log_probs" not in batch:
+            return super().row_scores(model, batch)
+        tokens = self.token_log_probs(model, batch, with_entropy=True)
+        self._record_tokens([tokens], batch["engine_log_probs"][tokens.mask])
+        current = tokens.log_probs
+        return self.objective.row_scores(current, tokens.mask, current.detach(), batch["targets"])
 
     def _collate(self, rows: RolloutBuffer) -> Batch:
         batch = pad_rows(
@@ -218,7 +236,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         batch = self.engine.generate(
             [self._encode(q, row) for q, row in zip(questions, rows, strict=True)],
             self.rollout.sampling(self.args.seed),
-            sample_ids=[int(row.get("index", q)) for q, row in zip(questions, rows, strict=True)],
+            sample_ids=groups,  # a question that is asked again gets other answers
             num_generations=count,
         )
         repeated = [row for row in rows for _ in range(count)]
@@ -269,30 +287,37 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
 
     @torch.no_grad()
     def _score_old(self, rows: RolloutBuffer) -> None:
-        """Replace the engine's log-probs by the trainer's, in the layout of the updates."""
+        """Replace the engine's log-probs by the trainer's, in the layout of the updates.
+
+        Where a step is one micro-batch, the first step's own forward pass gives its old log-probs:
+        those rows keep the engine's, which :meth:`row_scores` compares with.
+        """
         size = self.args.per_device_train_batch_size
-        scores: list[list[float]] = []
-        entropies: list[Tensor] = []
+        first = size if self.args.gradient_accumulation_steps == 1 else 0
+        parts: list[TokenLogProbs] = []
         with evaluation_mode(self.model_wrapped), self.compute_loss_context_manager():
-            for start in range(0, len(rows), size):
+            for start in range(first, len(rows), size):
                 part = _pick(rows, list(range(start, min(start + size, len(rows)))))
                 batch = self._prepare_inputs(self._collate(part))
-                tokens = self.token_log_probs(self.model_wrapped, batch, with_entropy=True)
-                if tokens.entropy is not None:
-                    entropies.append(tokens.entropy[tokens.mask])
-                scores += [
-                    row[mask].tolist()
-                    for row, mask in zip(tokens.log_probs.cpu(), tokens.mask.cpu(), strict=True)
-                ]
-        ours = torch.tensor([value for row in scores for value in row])
-        engines = torch.tensor([value for row in rows.old_log_probs for value in row])
+                parts.append(self.token_log_probs(self.model_wrapped, batch, with_entropy=True))
+        if not parts:
+            return
+        engine = torch.tensor([value for row in rows.old_log_probs[first:] for value in row])
+        self._record_tokens(parts, engine)
+        rows.old_log_probs[first:] = [
+            row[mask].tolist()
+            for part in parts
+            for row, mask in zip(part.log_probs.cpu(), part.mask.cpu(), strict=True)
+        ]
+
+    def _record_tokens(self, parts: list[TokenLogProbs], engine: Tensor) -> None:
+        """Record entropy, and how far the engine's log-probs are from the trainer's."""
+        ours = torch.cat([part.log_probs.detach()[part.mask] for part in parts])
+        entropy = [part.entropy[part.mask] for part in parts if part.entropy is not None]
+        difference = (ours - engine.to(ours.device)).abs()
         self._record_means(
-            {
-                "entropy": torch.cat(entropies).float(),
-                "sampling/log_prob_difference": (ours - engines).abs(),
-            }
+            {"entropy": torch.cat(entropy), "sampling/log_prob_difference": difference}
         )
-        rows.old_log_probs = scores
 
     def _encode(self, question: int, row: Any) -> list[int]:
         if question not in self._encoded:
@@ -318,7 +343,9 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean reward and length of ``num_generations`` answers to each evaluation question."""
-        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        data: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if data is None:
+            raise ValueError("got no eval_dataset; evaluate(dataset) needs questions to ask")
         world, rank = self.args.world_size, self.args.process_index
         share = -(-len(data) // world)
         # the last process may ask a question twice, so that all generate together
@@ -353,8 +380,16 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        facts = {"position": str(self._stream.position), "world_size": str(self.args.world_size)}
+        facts = {"position": str(self._stream.position)} | self._layout()
         save_tensors(self._buffer.state(), self._rollout_path(output_dir), facts)
+
+    def _layout(self) -> dict[str, str]:
+        """What a waiting rollout was made for; other steps would split its questions."""
+        return {
+            "world_size": str(self.args.world_size),
+            "num_generations": str(self.rollout.num_generations),
+            "questions_per_step": str(self._questions_per_step),
+        }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -369,14 +404,15 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
         self._stream.position = int(facts["position"])
-        if int(facts["world_size"]) == self.args.world_size:
+        found = {name: facts.get(name, "") for name in self._layout()}
+        if found == self._layout():
             self._buffer = RolloutBuffer.from_state(load_file(self._rollout_path(checkpoint)))
         else:
             logger.warning(
-                "the checkpoint was written by %s processes, this run has %s: answers that waited "
-                "for their update are dropped and new ones generated",
-                facts["world_size"],
-                self.args.world_size,
+                "the checkpoint was written with %s, this run has %s: answers that waited for "
+                "their update are dropped and new ones generated",
+                found,
+                self._layout(),
             )
 
 
