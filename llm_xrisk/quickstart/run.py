@@ -161,8 +161,15 @@ def _report(
         arms=arms,
         panels=standard_panels(runs, delta=config.delta),
         facts=facts
-        | {"settings": ", ".join(f"{k}={v}" for k, v in vars(config).items())}
-        | {"wall time by stage, s (first seed)": ", ".join(f"{k} {v}" for k, v in seconds.items())}
-        | {"AUC of gold against sampled answers": "; ".join(f"{k}: {v}" for k, v in auc.items())},
+        | {
+            "DFT": f"{config.dft_steps} steps of {config.dft_batch} prompts, "
+            f"{config.num_negatives} negatives each, lr {config.dft_learning_rate:g}",
+            "DisCO": f"{config.disco_steps} steps of {config.disco_questions} questions x "
+            f"{config.num_generations} answers, {config.updates_per_rollout} steps a rollout, lr "
+            f"{config.disco_learning_rate:g}, {config.score}, tau {config.tau:g}, delta "
+            f"{config.delta:g}",
+            "AUC of gold against sampled answers": "; ".join(f"{k}: {v}" for k, v in auc.items()),
+            "wall time, first seed": ", ".join(f"{k} {v:g} s" for k, v in seconds.items()),
+        },
         metrics=_COLUMNS,
     )
