@@ -2,11 +2,13 @@
 
 import os
 
-# Before torch and its neighbours are imported, here and in every process a test starts. CPU only;
-# no hub, no telemetry; vLLM's CPU back end as small as it goes.
+# Before torch and its neighbours are imported, here and in every process a test starts. CPU only,
+# unless XRISK_TEST_DEVICE names another device; no hub, no telemetry; vLLM's CPU back end as small
+# as it goes.
+DEVICE = os.environ.get("XRISK_TEST_DEVICE", "cpu")
 ENVIRONMENT = {
     "CI": "1",
-    "CUDA_VISIBLE_DEVICES": "",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # repeatable sums on a GPU
     "DS_ACCELERATOR": "cpu",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -17,6 +19,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
+if DEVICE == "cpu":
+    ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 
@@ -32,6 +36,14 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUTS = {"slow": 1800, "vllm": 600, "dist": 300}  # seconds; other tests have pyproject's
+
+
+def pytest_configure() -> None:
+    """Move the tensors of tests to another device, those made while collecting included."""
+    if DEVICE != "cpu":
+        from tests.on_device import move_tests_to
+
+        move_tests_to(DEVICE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
