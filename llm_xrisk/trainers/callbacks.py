@@ -60,11 +60,15 @@ class WarnOnceCallback(TrainerCallback):
 
 
 def inert_weights(threshold: float) -> WarnOnceCallback:
-    """Warns when a temperature weighs all negatives alike."""
+    """Warns when a temperature weighs all negatives alike, five log lines in a row.
+
+    At the reference policy, and right after a rollout, weights are uniform at any temperature.
+    """
     return WarnOnceCallback(
         "negatives/effective_fraction",
         threshold,
         "the effective fraction of negatives is {:.4f} (1 is uniform): at this tau the weights do "
         "nothing and the objective is the plain mean over negatives; lower tau to let hard "
         "negatives count more",
+        patience=5,
     )

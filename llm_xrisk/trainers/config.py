@@ -125,6 +125,11 @@ class DFTConfig(ScoreConfig):
                 "num_negatives and refresh_negatives must not be negative, got "
                 f"{self.num_negatives} and {self.refresh_negatives}"
             )
+        if self.dataloader_persistent_workers and self.dataloader_num_workers > 0:
+            raise ValueError(
+                "got dataloader_persistent_workers=True: such workers never learn which epoch it "
+                "is, and would draw the same negatives in each; leave it off"
+            )
         super().__post_init__()
 
 
@@ -225,3 +230,18 @@ class RolloutConfig:
     def sampling(self, seed: int) -> SamplingConfig:
         """How tokens are drawn, for an engine."""
         return SamplingConfig(self.max_new_tokens, self.temperature, self.top_p, self.top_k, seed)
+
+
+def require_config(args: Any, kind: type[ScoreConfig]) -> None:
+    """Refuse settings of another trainer.
+
+    Raises:
+        ValueError: ``args`` are not of the kind this trainer takes.
+    """
+    if not isinstance(args, kind):
+        loss_type = getattr(args, "loss_type", None)
+        raise ValueError(
+            f"got args of type {type(args).__name__} (loss_type={loss_type!r}), needs a "
+            f'{kind.__name__}; TRL\'s loss_type="dft" is Dynamic Fine-Tuning, another method: build '
+            f"a {kind.__name__} and choose by its `objective`"
+        )

@@ -1,13 +1,17 @@
 """Discriminative fine-tuning as a trainer."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llm_xrisk.data.collators import DFTCollator, pad_rows
 from llm_xrisk.data.dft_dataset import prepare_dft_dataset
@@ -18,10 +22,10 @@ from llm_xrisk.rollout.engine import RolloutEngine, SamplingConfig, make_engine
 from llm_xrisk.rollout.scoring import evaluation_mode
 from llm_xrisk.rollout.weight_sync import unwrap_model
 from llm_xrisk.trainers.callbacks import TrainBeginCallback, inert_weights
-from llm_xrisk.trainers.checkpoint import save_tensors
-from llm_xrisk.trainers.config import DFTConfig
+from llm_xrisk.trainers.config import DFTConfig, require_config
 from llm_xrisk.trainers.loading import disable_dropout, is_peft, load_model, load_tokenizer
 from llm_xrisk.trainers.mixin import Batch, ScoreWeighBackprop
+from llm_xrisk.trainers.reference import Job, reference_likelihoods, with_reference
 
 _REFERENCE_NAME = "ref_log_likelihood.safetensors"
 
@@ -88,31 +92,25 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or DFTConfig(output_dir="dft-output")
-        if not isinstance(args, DFTConfig):
-            loss_type = getattr(args, "loss_type", None)
-            raise ValueError(
-                f"args must be a DFTConfig, got {type(args).__name__} (loss_type={loss_type!r}); "
-                'TRL\'s loss_type="dft" is Dynamic Fine-Tuning, another method'
-            )
+        require_config(args, DFTConfig)
         policy = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, policy)
         if args.disable_dropout:
             disable_dropout(policy)
-        prepare = {"tokenizer": tokenizer, "max_length": args.max_length}
-        needs_negatives = args.num_negatives > 0 and not args.refresh_negatives
+        prepare = partial(prepare_dft_dataset, tokenizer=tokenizer, max_length=args.max_length)
+        self._prepare_eval = partial(prepare, needs_negatives=False)
         if train_dataset is not None:
-            train_dataset = prepare_dft_dataset(
-                train_dataset, needs_negatives=needs_negatives, **prepare
-            )
+            needs_negatives = args.num_negatives > 0 and not args.refresh_negatives
+            train_dataset = prepare(train_dataset, needs_negatives=needs_negatives)
         if eval_dataset is not None:
-            eval_dataset = prepare_dft_dataset(eval_dataset, needs_negatives=False, **prepare)
+            eval_dataset = _each(self._prepare_eval, eval_dataset)
         super().__init__(
             model=policy,
             args=args,
             data_collator=DFTCollator(
                 tokenizer.pad_token_id,
                 args.num_negatives,
-                seed=args.data_seed or args.seed,
+                seed=args.seed if args.data_seed is None else args.data_seed,
                 padding_side=args.padding_side,
             ),
             train_dataset=train_dataset,
@@ -121,10 +119,11 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
             **kwargs,
         )
         self.setup_objective(self._build_objective(args, len(train_dataset or [0])))
-        self._engine = engine
+        self._engine, self._synced = engine, -1
         self.sampling = sampling or SamplingConfig(max_new_tokens=256, temperature=1.0)
         self.add_callback(TrainBeginCallback(self.cache_reference))
-        self.add_callback(inert_weights(args.inert_threshold))
+        if args.num_negatives > 1:  # a single negative has all the weight
+            self.add_callback(inert_weights(args.inert_threshold))
 
     def _build_objective(self, args: DFTConfig, num_samples: int) -> DFT:
         settings: dict[str, Any] = {"u_init": args.u_init}
@@ -172,11 +171,17 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         from llm_xrisk.rollout.negatives import draw_negatives
 
         if self._engine is None:
-            self._engine = make_engine("transformers", self.model_wrapped, self.processing_class)
-        if self.state.global_step % self.args.refresh_negatives == 0:
-            self._engine.sync(self.model_wrapped, version=self.state.global_step)
+            collective = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+            self._engine = make_engine(
+                "transformers", self.model_wrapped, self.processing_class, synced_gpus=collective
+            )
+        step = self.state.global_step
+        due = step - step % self.args.refresh_negatives
+        if self._synced != due:  # a resumed run begins between two of them
+            self._engine.sync(self.model_wrapped, version=due)
+            self._synced = due
         gold = batch["index"][batch["targets"] > 0.5].tolist()
-        rows = [self.train_dataset[int(index)] for index in gold]
+        rows = [self.train_dataset[self._row_numbers[index]] for index in gold]
         fresh = draw_negatives(
             self._engine,
             rows,
@@ -189,55 +194,103 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         )
         return self._prepare_inputs(collated)
 
+    @cached_property
+    def _row_numbers(self) -> dict[int, int]:
+        """Where each index stands: data sets are shuffled after they are numbered."""
+        rows = self.train_dataset
+        return {int(rows[k]["index"]): k for k in range(len(rows))}
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """A loader of evaluation rows: the negatives of epoch 0, however far training is."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_eval(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            sets: Any = self.eval_dataset
+            rows = sets[eval_dataset]
+        if rows is not None and self._lacks_reference(rows):
+            if self.state.global_step > 0:
+                raise ValueError(
+                    "got evaluation rows without ref_log_likelihoods after the model has moved "
+                    "away from the reference; pass them as eval_dataset when the trainer is built, "
+                    "or use a pool, whose rows have them"
+                )
+            rows = with_reference(rows, self._reference_values(rows, "eval", write=False))
+        training = self.data_collator
+        self.data_collator = replace(training, epoch=0, reference=None)
+        try:
+            return super().get_eval_dataloader(rows)
+        finally:
+            self.data_collator = training
+
     # -- reference likelihoods -----------------------------------------------------------------
 
     def cache_reference(self) -> None:
-        """Give the collator log pi_ref of every negative, where nothing else knows it.
+        """Get log pi_ref of every negative, where nothing else knows it.
 
         Computed once by the initial model on all processes and kept in ``output_dir``, where a
         resumed run finds it.
 
         Raises:
             FileNotFoundError: the run is a resumed one and the file is gone.
+            ValueError: the file belongs to another data set.
         """
         rows = self.train_dataset
-        known = rows[0].get("ref_log_likelihoods") is not None
-        if known or is_peft(unwrap_model(self.model)) or self.args.refresh_negatives:
-            return
-        if not self.objective.importance_weight or self.args.num_negatives == 0:
-            return
-        path = Path(str(self.args.output_dir)) / _REFERENCE_NAME
-        if self.state.global_step == 0:
-            values = self._reference_pass(rows)
-            if self.args.should_save:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors({"ref_log_likelihood": values}, path)
-        elif path.is_file():
-            values = load_file(path)["ref_log_likelihood"]
-        else:
-            raise FileNotFoundError(
-                f"{path} is missing, and the resumed model is no longer the reference; restore "
-                "the file, or train on a pool, whose rows have ref_log_likelihoods"
-            )
-        sizes = [len(rows[k]["negative_ids"]) for k in range(len(rows))]
-        table: list[list[float]] = [[] for _ in sizes]
-        for k, part in enumerate(values.split(sizes)):
-            table[int(rows[k]["index"])] = part.tolist()
-        self.data_collator.reference = table
+        if self._lacks_reference(rows) and not self.args.refresh_negatives:
+            values = self._reference_values(rows, "")
+            table: list[list[float]] = [[] for _ in values]
+            for k, value in enumerate(values):
+                table[int(rows[k]["index"])] = value
+            self.data_collator.reference = table
+        if self.eval_dataset is not None:
+            several = isinstance(self.eval_dataset, dict)
+            sets: dict[str, Any] = self.eval_dataset if several else {"": self.eval_dataset}  # pyright: ignore[reportAssignmentType]
+            known = {
+                name: with_reference(part, self._reference_values(part, f"eval_{name}"))
+                if self._lacks_reference(part)
+                else part
+                for name, part in sets.items()
+            }
+            self.eval_dataset = known if several else known[""]
 
-    def _reference_pass(self, rows: Any) -> Tensor:
-        """Log pi_ref of all negatives, in the order of the data set; every process has them."""
-        jobs = [(row["prompt_ids"], ids) for row in rows for ids in row["negative_ids"]]
+    def _lacks_reference(self, rows: Any) -> bool:
+        if not self.objective.importance_weight or self.args.num_negatives == 0:
+            return False
+        known = rows[0].get("ref_log_likelihoods") is not None
+        return not known and not is_peft(unwrap_model(self.model))  # pyright: ignore[reportArgumentType]
+
+    def _reference_values(self, rows: Any, name: str, write: bool = True) -> list[list[float]]:
+        stem, _, suffix = _REFERENCE_NAME.partition(".")
+        file = f"{stem}-{name}.{suffix}" if name else _REFERENCE_NAME
+        return reference_likelihoods(
+            rows,
+            Path(self.args.output_dir or ".") / file,
+            self._reference_pass,
+            initial=self.state.global_step == 0,
+            write=write and self.args.should_save,
+        )
+
+    def _reference_pass(self, jobs: list[Job]) -> Tensor:
+        """Log pi_ref of (prompt, negative) pairs; processes share the work and all have it."""
         world, rank = self.args.world_size, self.args.process_index
         size = self.args.per_device_eval_batch_size * (1 + self.args.num_negatives)
         share = -(-len(jobs) // world)
         mine = [jobs[min(rank * share + k, len(jobs) - 1)] for k in range(share)]
-        parts: list[Tensor] = []
+        parts = [torch.empty(0, device=self.args.device)]
         starts = range(0, share, size)
-        for start in track(starts, "reference likelihoods", disable=not self.args.should_log):
-            chunk = mine[start : start + size]
-            prompts, negatives = zip(*chunk, strict=True)
+        silent = self.args.disable_tqdm or not self.args.should_log
+        for start in track(starts, "reference likelihoods", disable=bool(silent)):
+            prompts, negatives = zip(*mine[start : start + size], strict=True)
             pad = self.data_collator.pad_token_id
             batch = pad_rows(prompts, negatives, pad_token_id=pad)
             parts.append(self._log_likelihood(self.model_wrapped, batch))
         return join(torch.cat(parts))[0][: len(jobs)].cpu()
+
+
+def _each(function: Callable[[Any], Any], data: Any) -> Any:
+    """The function of a data set, or of each in a dictionary of them."""
+    if isinstance(data, dict):
+        return {name: function(part) for name, part in data.items()}
+    return function(data)

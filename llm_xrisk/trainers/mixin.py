@@ -190,7 +190,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         return list(total / total.sum().clamp(min=1))
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move to the device, keep the dtype: DeepSpeed's bfloat16 is for models, not for scores."""
+        """Move to the device and keep the dtype: DeepSpeed would make log-probs bfloat16."""
         if isinstance(data, Tensor):
             return data.to(self.args.device)
         return super()._prepare_input(data)

@@ -11,6 +11,11 @@ import torch
 
 RewardFunction = Callable[..., Any]
 
+_GIVEN = {
+    *("prompts", "completions", "completion_ids", "finish_reasons"),
+    *("trainer_state", "log_metric", "log_extra"),
+}
+
 
 class QuestionStream:
     """An endless stream of data set rows: one permutation after another.
@@ -86,6 +91,28 @@ class Grader:
         self.weights = list(weights or [1.0] * len(functions))
         self.threshold, self.decode = threshold, decode
 
+    def check(self, dataset: Any) -> None:
+        """Look for the columns that the functions ask for, before anything is generated.
+
+        Raises:
+            ValueError: a function asks for a column that the data set lacks.
+        """
+        columns = {"prompt", *(dataset[0] if len(dataset) else ())}
+        for function in self.functions:
+            asked = {
+                parameter.name
+                for parameter in inspect.signature(function).parameters.values()
+                if parameter.default is parameter.empty
+                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            }
+            missing = sorted(asked - _GIVEN - columns)
+            if missing:
+                raise ValueError(
+                    f"{_name(function)} asks for {missing} and the data set has the columns "
+                    f"{sorted(columns)}; give every question its gold answer in such a column, or "
+                    "use a reward function that needs none"
+                )
+
     def __call__(
         self,
         rows: Sequence[Mapping[str, Any]],
@@ -102,11 +129,12 @@ class Grader:
         texts: list[Any] = [self.decode(ids) for ids in completion_ids]
         if isinstance(prompts[0], list):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        own = {"prompt", *_GIVEN}
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in own}
         grades = Grades([])
         totals = [0.0] * len(rows)
         for function, weight in zip(self.functions, self.weights, strict=True):
-            name = getattr(function, "__name__", type(function).__name__)
+            name = _name(function)
             values = function(
                 prompts=prompts,
                 completions=texts,
@@ -141,3 +169,7 @@ class Grader:
                 "reward_threshold (for example 0.5), or keep format and length rewards apart"
             )
         return total
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
