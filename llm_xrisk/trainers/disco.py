@@ -113,7 +113,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        self.setup_objective(build_objective(args))
+        self.setup_objective(build_objective(args, self.rollout.max_new_tokens))
         self.temperature = self.rollout.temperature
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
@@ -416,8 +416,12 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             )
 
 
-def build_objective(args: DisCOConfig) -> SequenceObjective:
+def build_objective(args: DisCOConfig, max_length: int) -> SequenceObjective:
     """The objective a configuration names.
+
+    Args:
+        args: The configuration.
+        max_length: Longest completion, which Dr. GRPO divides by.
 
     Raises:
         ValueError: an unknown name.
@@ -433,7 +437,8 @@ def build_objective(args: DisCOConfig) -> SequenceObjective:
         )
     if args.objective not in ("GRPO", "DrGRPO", "DAPO"):
         raise ValueError(f"objective must be DisCO, GRPO, DrGRPO or DAPO, got {args.objective!r}")
-    return OBJECTIVES[args.objective]()  # pyright: ignore[reportReturnType]
+    settings = {"max_length": max_length} if args.objective == "DrGRPO" else {}
+    return OBJECTIVES[args.objective](**settings)  # pyright: ignore[reportReturnType]
 
 
 def _signal(targets: list[float], count: int) -> list[bool]:
