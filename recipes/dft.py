@@ -19,10 +19,13 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config
 
 from llm_xrisk.cli_help import RecipeParser
+from llm_xrisk.data.fingerprint import model_fingerprint
 from llm_xrisk.data.gsm8k_steps import tiny_model_path
 from llm_xrisk.data.load import load_rows
 from llm_xrisk.rollout.engine import SamplingConfig
+from llm_xrisk.rollout.weight_sync import gather_zero3
 from llm_xrisk.trainers import DFTConfig, DFTTrainer
+from llm_xrisk.trainers.loading import load_model
 
 
 @dataclass
@@ -47,12 +50,15 @@ class ScriptArguments:
 
 def main(script_args: ScriptArguments, args: DFTConfig, model_args: ModelConfig) -> None:
     """Train and save."""
-    model = model_args.model_name_or_path or tiny_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    path = model_args.model_name_or_path or tiny_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = load_model(path, args.model_init_kwargs, None)
+    args.model_init_kwargs = None
     train = load_rows(
         script_args.dataset_name,
         script_args.dataset_split,
         tokenizer=tokenizer,
+        reference_model_fingerprint=model_fingerprint(model, gather=gather_zero3),
         limit=script_args.limit,
     )
     evaluation = script_args.eval_dataset_name and load_rows(

@@ -11,7 +11,14 @@ EMBEDDED = "gsm8k_steps"
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_rows(name: str, split: str = "train", *, tokenizer: Any = None, limit: int = 0) -> Any:
+def load_rows(
+    name: str,
+    split: str = "train",
+    *,
+    tokenizer: Any = None,
+    reference_model_fingerprint: str | None = None,
+    limit: int = 0,
+) -> Any:
     """Load a data set and number its rows.
 
     Args:
@@ -19,13 +26,14 @@ def load_rows(name: str, split: str = "train", *, tokenizer: Any = None, limit: 
             .json, .jsonl, .parquet or .csv file, or a name for ``datasets.load_dataset``.
         split: Split; pools have none.
         tokenizer: Of the run, which a pool is compared with.
+        reference_model_fingerprint: Of the model the run starts from, likewise.
         limit: Keep the first so many rows; 0 keeps all.
 
     Returns:
         A ``datasets.Dataset`` with an ``index`` column.
 
     Raises:
-        ValueError: a pool made with another tokenizer, or a split that does not exist.
+        ValueError: a pool made with another tokenizer or model, or a split that does not exist.
 
     Example:
         >>> load_rows("gsm8k_steps", "test", limit=2)["index"][:]
@@ -41,7 +49,10 @@ def load_rows(name: str, split: str = "train", *, tokenizer: Any = None, limit: 
             [{**step, "completion": step["answer"]} for step in load_steps(split)]  # pyright: ignore
         )
     elif (path / METADATA_FILE).is_file():
-        rows = load_pool(path, tokenizer=tokenizer).to_dataset()
+        pool = load_pool(
+            path, tokenizer=tokenizer, reference_model_fingerprint=reference_model_fingerprint
+        )
+        rows = pool.to_dataset()
     elif path.suffix in _FORMATS:
         rows = load_dataset(_FORMATS[path.suffix], data_files=name, split="train")
     else:

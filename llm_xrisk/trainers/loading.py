@@ -1,11 +1,9 @@
 """Models, adapters and tokenizers as trainers are given them."""
 
-import hashlib
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _PEFT_HINT = 'LoRA needs peft: pip install "peft>=0.17"'
 
@@ -69,12 +67,3 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def fingerprint(model: PreTrainedModel | nn.Module) -> str:
-    """Short hash of a model's parameters: names, shapes and sums."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(repr(float(parameter.detach().to(torch.float64).sum())).encode())
-    return digest.hexdigest()
