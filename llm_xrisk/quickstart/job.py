@@ -121,7 +121,7 @@ class MainJob:
 
     def _pool(self, name: str, rows: list[dict[str, Any]], num_negatives: int) -> Path:
         config = self.config
-        settings = {"rows": len(rows), "negatives": num_negatives, "seed": self.seed}
+        settings = {"rows": len(rows), "m": num_negatives, "drawn": 2, "seed": self.seed}
 
         def work(directory: Path, advance: Advance) -> None:
             build_pool(
@@ -131,6 +131,7 @@ class MainJob:
                 directory / "pool",
                 sampling=SamplingConfig(config.max_new_tokens, 1.0, seed=self.seed),
                 num_negatives=num_negatives,
+                num_generations=2 * num_negatives,
                 verify=arithmetic_reward,
                 on_progress=advance,
             )
