@@ -242,6 +242,6 @@ def require_config(args: Any, kind: type[ScoreConfig]) -> None:
         loss_type = getattr(args, "loss_type", None)
         raise ValueError(
             f"got args of type {type(args).__name__} (loss_type={loss_type!r}), needs a "
-            f'{kind.__name__}; TRL\'s loss_type="dft" is Dynamic Fine-Tuning, another method: build '
-            f"a {kind.__name__} and choose by its `objective`"
+            f'{kind.__name__}; TRL\'s loss_type="dft" is Dynamic Fine-Tuning, another method: '
+            f"build a {kind.__name__} and choose by its `objective`"
         )

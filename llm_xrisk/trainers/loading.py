@@ -63,7 +63,14 @@ def is_peft(model: Any) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0: scores are taken without dropout, gradients should be too."""
+    """Set every dropout rate to 0: scores are taken without dropout, gradients should be too.
+
+    Rates are those of ``nn.Dropout`` and the numbers that attention layers keep for themselves
+    (``attention_dropout``, ``layerdrop``).
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
