@@ -12,8 +12,8 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import differences
-from llm_xrisk.objectives.surrogates import Surrogate, squared_hinge
+from llm_xrisk.objectives.pairs import differences, rows_of, with_pair_gradient
+from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
 class AveragePrecision(Objective):
@@ -68,7 +68,7 @@ class AveragePrecision(Objective):
         num_samples: int,
         gamma: float | GammaSchedule = 0.1,
         *,
-        surrogate: Surrogate = squared_hinge,
+        surrogate: Surrogate = SQUARED_HINGE,
         prior: float | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -85,12 +85,14 @@ class AveragePrecision(Objective):
         index = require_index(type(self).__name__, index)
         scores, targets, index = join(widened(scores), targets, index)
         positive = targets > 0.5
-        u = self.inner(self._inner_values(scores, positive), index, where=positive)
-        loss = masked_mean(-u[:, 0] / u[:, 1], positive)
+        g, rows = self._inner_values(scores, positive)
+        anchors = positive[rows]
+        u = self.inner(g, index[rows], where=anchors)
+        loss = masked_mean(-u[:, 0] / u[:, 1], anchors)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
-                "u/mean": masked_mean(u[:, 1], positive),
+                "u/mean": masked_mean(u[:, 1], anchors),
                 "positives": positive.to(scores.dtype).mean(),
                 "skipped": (~positive.any()).to(scores.dtype),
             }
@@ -99,16 +101,19 @@ class AveragePrecision(Objective):
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.22) of the given rows, without state."""
         positive = targets > 0.5
-        g = self._inner_values(widened(scores), positive)
-        return masked_mean(-g[:, 0] / g[:, 1], positive)
+        g, rows = self._inner_values(widened(scores), positive)
+        return masked_mean(-g[:, 0] / g[:, 1], positive[rows])
 
-    def _inner_values(self, scores: Tensor, positive: Tensor) -> Tensor:
-        """g_1 and g_2 of every row as anchor, (B, 2)."""
-        pairwise = self.surrogate(differences(scores))
+    def _inner_values(self, scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """g_1 and g_2 of each anchor, (A, 2), and the anchors' rows (A,)."""
         first = positive.to(scores.dtype)
         weight = torch.full_like(first, 1 / first.numel())
         if self.prior is not None:
             share = self.prior / first.sum().clamp(min=1)
             other = (1 - self.prior) / (1 - first).sum().clamp(min=1)
             weight = torch.where(positive, share, other)
-        return torch.stack([pairwise @ (weight * first), pairwise @ weight], dim=-1)
+        rows, fixed = rows_of(positive), scores.detach()
+        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
+        columns = (weight * first, weight)
+        means = [with_pair_gradient(scores, rows, pairwise @ c, slope, c) for c in columns]
+        return torch.stack(means, dim=-1), rows

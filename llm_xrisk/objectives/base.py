@@ -119,7 +119,8 @@ def masked_max(values: Tensor, mask: Tensor) -> Tensor:
         >>> masked_max(torch.tensor([-3.0, 5.0]), torch.tensor([True, False]))
         tensor(-3.)
     """
-    largest = torch.where(mask, values, float("-inf")).amax()
+    lowest = values.new_full((1,), float("-inf"))
+    largest = torch.cat([torch.where(mask, values, lowest), lowest]).amax()
     return torch.where(mask.any(), largest, torch.zeros_like(largest))
 
 

@@ -17,7 +17,7 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import effective_fraction, logmeanexp, same_group
+from llm_xrisk.objectives.pairs import effective_fraction, logmeanexp, same_group, with_row_gradient
 
 
 class GlobalContrastive(Objective):
@@ -117,9 +117,12 @@ class GlobalContrastive(Objective):
         """Of the 2B views: the positive's similarity, log g, negatives' shares, their weights."""
         views = F.normalize(torch.cat([first, second]), dim=-1)
         similarity = views @ views.T
-        negatives = 1 - same_group(slots(both), similarity)
+        slot = slots(both)
+        everyone = torch.arange(slot.shape[0], device=slot.device)
+        negatives = 1 - same_group(slot, everyone, similarity.dtype)
         positive = (views * views.roll(first.shape[0], 0)).sum(-1)
-        return positive, *logmeanexp(similarity, negatives, self.tau), negatives
+        log_g, share = logmeanexp(similarity.detach(), negatives, self.tau)
+        return positive, with_row_gradient(similarity, log_g, share, 1 / self.tau), share, negatives
 
     def _loss(self, positive: Tensor, log_u: Tensor, anchors: Tensor) -> Tensor:
         if self.log_eps > -math.inf:

@@ -13,7 +13,7 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import differences, same_group, weighted_mean
+from llm_xrisk.objectives.pairs import differences, rows_of, same_group, weighted_mean
 from llm_xrisk.objectives.scores import SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective
 
@@ -118,8 +118,9 @@ class DFT(SequenceObjective):
         loss = masked_mean(-scores + self.tau * torch.where(anchors, log_u, 0.0), gold)
         with torch.no_grad():
             squares, _ = group_mean(2 * exponent, slot, ~gold, log=True)
-            negatives = same_group(slot, scores) * (~gold).to(scores.dtype)
-            wins = weighted_mean(differences(scores).lt_(0.0), negatives)
+            rows = rows_of(anchors)
+            negatives = same_group(slot, rows, scores.dtype) * (~gold).to(scores.dtype)
+            wins = weighted_mean(differences(scores, scores[rows]).lt_(0.0), negatives)
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
@@ -128,7 +129,7 @@ class DFT(SequenceObjective):
                 "negatives/effective_fraction": masked_mean((2 * log_g - squares).exp(), anchors),
                 "score/gold": masked_mean(scores, gold),
                 "score/negative": masked_mean(scores, ~gold),
-                "auc": masked_mean(wins, anchors),
+                "auc": masked_mean(wins, anchors[rows]),
             }
         return ObjectiveOutput(loss, metrics)
 

@@ -10,12 +10,13 @@ from llm_xrisk.objectives.pairs import (
     differences,
     effective_fraction,
     logmeanexp,
+    rows_of,
     same_group,
-    weighted_mean,
+    with_pair_gradient,
 )
 from llm_xrisk.objectives.scores import KL_TERMS, SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective, kl_statistics
-from llm_xrisk.objectives.surrogates import Surrogate, identity
+from llm_xrisk.objectives.surrogates import IDENTITY, Surrogate
 
 _SCORE_NAMES = {"log_likelihood": "mean_log_likelihood", "likelihood_ratio": "likelihood_ratio"}
 
@@ -78,7 +79,7 @@ class DisCO(SequenceObjective):
         delta: float = 1e-4,
         kl_penalty: float = 500.0,
         kl_estimator: str = "k3",
-        surrogate: Surrogate = identity,
+        surrogate: Surrogate = IDENTITY,
         normalizer: str = "valid",
     ) -> None:
         super().__init__()
@@ -144,18 +145,14 @@ class DisCO(SequenceObjective):
         self, scores: Tensor, targets: Tensor, group: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         right, slot = targets > 0.5, slots(group)
-        wrong_weight = (~right).to(scores.dtype)
-        pairs = same_group(slot, scores) * wrong_weight  # (R, R), row: an answer, its wrong ones
-        pairwise = self.surrogate(differences(scores))
-        if self.tau is None:
-            inner, fraction = weighted_mean(pairwise, pairs), torch.ones_like(scores)
-        else:
-            log_mean, share = logmeanexp(pairwise, pairs, self.tau)
-            inner, fraction = self.tau * log_mean, effective_fraction(share, pairs)
-        wrong, size = group_sum(wrong_weight, slot), group_sum(torch.ones_like(scores), slot)
-        valid = right & (wrong > 0)
+        wrong = (~right).to(scores.dtype)
+        size, wrong_count = group_sum(torch.ones_like(scores), slot), group_sum(wrong, slot)
+        signal = right & (wrong_count > 0)
+        rows = rows_of(signal)
+        inner, fraction = self._inner_values(scores, slot, rows, wrong)
+        valid = signal[rows]
         # each right answer weighs 1 / (number of right answers): a valid question weighs 1
-        weight = valid.to(scores.dtype) / (size - wrong).clamp(min=1)
+        weight = valid.to(scores.dtype) / (size - wrong_count)[rows].clamp(min=1)
         questions = size.reciprocal().sum()
         divisor = weight.sum() if self.normalizer == "valid" else questions
         loss = (torch.where(valid, inner, 0.0) * weight).sum() / divisor.clamp(min=1)
@@ -169,3 +166,18 @@ class DisCO(SequenceObjective):
                 "score/wrong": masked_mean(scores, ~right),
             }
         return loss, metrics
+
+    def _inner_values(
+        self, scores: Tensor, slot: Tensor, rows: Tensor, wrong: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean over wrong answers of each anchor (A,), and how many of them count."""
+        fixed = scores.detach()
+        pairs = same_group(slot, rows, fixed.dtype) * wrong  # (A, R)
+        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
+        if self.tau is None:
+            share = pairs / pairs.sum(-1, keepdim=True).clamp(min=1)
+            value, fraction = (pairwise * share).sum(-1), torch.ones_like(fixed[rows])
+        else:
+            log_mean, share = logmeanexp(pairwise, pairs, self.tau)
+            value, fraction = self.tau * log_mean, effective_fraction(share, pairs)
+        return with_pair_gradient(scores, rows, value, slope * share), fraction

@@ -13,8 +13,14 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import differences, effective_fraction, logmeanexp
-from llm_xrisk.objectives.surrogates import Surrogate, squared_hinge
+from llm_xrisk.objectives.pairs import (
+    differences,
+    effective_fraction,
+    logmeanexp,
+    rows_of,
+    with_pair_gradient,
+)
+from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
 class OPAUCSoft(Objective):
@@ -63,7 +69,7 @@ class OPAUCSoft(Objective):
         gamma: float | GammaSchedule = 0.9,
         tau: float = 1.0,
         *,
-        surrogate: Surrogate = squared_hinge,
+        surrogate: Surrogate = SQUARED_HINGE,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -79,12 +85,12 @@ class OPAUCSoft(Objective):
         index = require_index(type(self).__name__, index)
         scores, targets, index = join(widened(scores), targets, index)
         positive = targets > 0.5
-        log_g, share, negatives = self._log_inner_values(scores, positive)
-        anchors = positive & (negatives.sum() > 0)
-        log_u = self.inner(log_g, index, where=anchors)
+        log_g, share, rows = self._log_inner_values(scores, positive)
+        anchors = positive[rows] & ~positive.all()
+        log_u = self.inner(log_g, index[rows], where=anchors)
         loss = self.tau * masked_mean(log_u, anchors)
         with torch.no_grad():
-            fraction = effective_fraction(share, negatives)
+            fraction = effective_fraction(share, (~positive).to(scores.dtype))
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
@@ -97,11 +103,13 @@ class OPAUCSoft(Objective):
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.28) of the given rows, without state."""
         positive = targets > 0.5
-        log_g, _, negatives = self._log_inner_values(widened(scores), positive)
-        return self.tau * masked_mean(log_g, positive & (negatives.sum() > 0))
+        log_g, _, rows = self._log_inner_values(widened(scores), positive)
+        return self.tau * masked_mean(log_g, positive[rows] & ~positive.all())
 
     def _log_inner_values(self, scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log g of every row as anchor, the negatives' shares in it, and their weights."""
-        negatives = (~positive).to(scores.dtype)
-        pairwise = self.surrogate(differences(scores))
-        return *logmeanexp(pairwise, negatives, self.tau), negatives
+        """Log g of each anchor (A,), the shares of the rows in it, and the anchors' rows."""
+        rows, fixed = rows_of(positive), scores.detach()
+        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
+        log_g, share = logmeanexp(pairwise, (~positive).to(scores.dtype), self.tau)
+        slope = slope.mul_(share).div_(self.tau)
+        return with_pair_gradient(scores, rows, log_g, slope), share, rows

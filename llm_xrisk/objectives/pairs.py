@@ -1,4 +1,4 @@
-"""Matrices of all pairs of rows, and their means by row.
+"""Matrices of pairs of rows, and their means by row.
 
 Pairs are chosen by weights of 0 and 1 in the dtype of the scores, not by booleans: on a CPU
 selecting 512 x 512 entries by a random mask takes as long as computing all the rest.
@@ -11,26 +11,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def differences(scores: Tensor) -> Tensor:
-    """Entry (i, j) is s_j - s_i, (R, R): row i is the anchor.
+def rows_of(anchors: Tensor) -> Tensor:
+    """The rows to compute pairs for: those in ``anchors``, or all where finding them would wait.
+
+    In eager code on a CPU these are the anchors (A,); on other devices and in compiled code, whose
+    shapes must not depend on values, all of them. Callers go on masking by ``anchors[rows]``.
 
     Example:
-        >>> differences(torch.tensor([1.0, 3.0]))
-        tensor([[ 0.,  2.],
-                [-2.,  0.]])
+        >>> rows_of(torch.tensor([False, True, True]))
+        tensor([1, 2])
     """
-    return scores[None, :] - scores[:, None]
+    if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
+        return anchors.nonzero().squeeze(-1)
+    return torch.arange(anchors.shape[0], device=anchors.device)
 
 
-def same_group(slot: Tensor, like: Tensor) -> Tensor:
-    """Weight 1 where two rows share a slot (B,), else 0; (B, B) in the dtype of ``like``.
+def differences(others: Tensor, anchors: Tensor) -> Tensor:
+    """Entry (i, j) is others_j - anchors_i, (A, R).
 
     Example:
-        >>> same_group(torch.tensor([0, 1, 0]), torch.zeros(3))[0]
-        tensor([1., 0., 1.])
+        >>> differences(torch.tensor([1.0, 3.0]), torch.tensor([1.0]))
+        tensor([[0., 2.]])
     """
-    number = slot.to(like.dtype)  # slots are small integers, exact in any floating-point type
-    return (number[None, :] - number[:, None]).eq_(0.0)
+    return others[None, :] - anchors[:, None]
+
+
+def same_group(slot: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight 1 where an anchor shares its slot with another row, else 0; (A, R).
+
+    Example:
+        >>> same_group(torch.tensor([0, 1, 0]), torch.tensor([0]), torch.float32)
+        tensor([[1., 0., 1.]])
+    """
+    number = slot.to(dtype)  # slots are small integers, exact in any floating-point type
+    return differences(number, number[rows]).eq_(0.0)
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
@@ -46,18 +60,18 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Log of the mean of exp(values / tau) over each row, of the entries of weight 1.
 
-    .. math:: \log \frac{\sum_j w_{ij} e^{v_{ij} / \tau}}{\sum_j w_{ij}}
+    .. math:: \\log \\frac{\\sum_j w_{ij} e^{v_{ij} / \\tau}}{\\sum_j w_{ij}}
 
-    Finite for any finite values, with a gradient of 0 where the weights are empty.
+    Finite for any finite values.
 
     Args:
-        values: (R, m), finite.
+        values: (R, m), finite, without gradient.
         weight: 0 or 1, broadcasts against ``values``.
         tau: Temperature.
 
     Returns:
         (R,) log-means, -inf where the weights are empty, and (R, m) the share of each entry in
-        its sum, without gradient.
+        its sum: tau times the derivative.
 
     Example:
         >>> logmeanexp(torch.zeros(1, 3), torch.tensor([1.0, 1.0, 0.0]))
@@ -65,7 +79,10 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
     """
     count = weight.sum(-1)
     excluded = (weight - 1) * torch.finfo(values.dtype).max
-    log_sum, share = _LogSumExp.apply(torch.add(excluded, values, alpha=1 / tau))
+    exponent = torch.add(excluded, values, alpha=1 / tau)
+    share = torch.softmax(exponent, -1)
+    # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
+    log_sum = exponent.amax(-1) - share.amax(-1).log()
     return torch.where(count > 0, log_sum - count.log(), float("-inf")), share
 
 
@@ -78,26 +95,71 @@ def effective_fraction(share: Tensor, weight: Tensor) -> Tensor:
         >>> effective_fraction(torch.tensor([[1.0, 0.0]]), torch.ones(2))
         tensor([0.5000])
     """
-    return 1 / (share.square().sum(-1) * weight.sum(-1)).clamp(min=1e-12)
+    squares = torch.linalg.vector_norm(share, dim=-1).square()
+    return 1 / (squares * weight.sum(-1)).clamp(min=1e-12)
 
 
-class _LogSumExp(torch.autograd.Function):
-    """Log-sum-exp by row, which keeps the softmax of its forward pass for the backward one.
+def with_pair_gradient(
+    scores: Tensor, rows: Tensor, value: Tensor, slope: Tensor, column: Tensor | None = None
+) -> Tensor:
+    """Give ``value``, computed without graph, its gradient in the scores of all pairs.
 
-    torch.logsumexp computes the exponentials of all pairs a second time; this halves the cost.
+    Entry i of ``value`` changes with s_j - s_rows[i] by slope_ij column_j. The backward pass is
+    two products of that matrix with a vector; no other matrix is made or kept.
+
+    Args:
+        scores: (R,) with gradient.
+        rows: (A,) the anchors' rows.
+        value: (A,).
+        slope: (A, R).
+        column: (R,) factors of the columns, or None for 1.
+
+    Example:
+        >>> s, row = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0])
+        >>> gap = differences(s.detach(), s.detach()[row])
+        >>> value = with_pair_gradient(s, row, gap.square().sum(-1), 2 * gap)
+        >>> torch.autograd.grad(value[0], s)
+        (tensor([-4.,  4.]),)
     """
+    return _PairGradient.apply(scores[rows], scores, value, slope, column)
 
+
+def with_row_gradient(values: Tensor, result: Tensor, slope: Tensor, scale: float) -> Tensor:
+    """Give ``result`` (R,), computed without graph, the gradient scale slope_ij in values_ij."""
+    return _RowGradient.apply(values, result, slope, scale)
+
+
+class _PairGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
-        share = torch.softmax(values, -1)
-        # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
-        log_sum = values.amax(-1) - share.amax(-1).log()
-        ctx.save_for_backward(share)
-        ctx.mark_non_differentiable(share)
-        return log_sum, share
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        others: Tensor,
+        value: Tensor,
+        slope: Tensor,
+        column: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(slope, column)
+        return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
-        (share,) = ctx.saved_tensors
-        return share * grad[:, None]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        slope, column = ctx.saved_tensors
+        as_anchor = slope.sum(-1) if column is None else slope @ column
+        as_other = grad @ slope if column is None else (grad @ slope) * column
+        return -grad * as_anchor, as_other, None, None, None
+
+
+class _RowGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, result: Tensor, slope: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(slope)
+        ctx.scale = scale
+        return result.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * (grad * ctx.scale)[:, None], None, None, None

@@ -1,37 +1,112 @@
 """Pairwise surrogates l(s) of 1[s >= 0], s the score of a negative minus that of a positive.
 
-Each is non-decreasing in ``s`` and acts elementwise. Bind a margin with
-``functools.partial(squared_hinge, margin=0.6)``.
+Each is non-decreasing in ``s``, acts elementwise and knows its slope, so that an objective of all
+pairs needs one matrix for its gradient instead of one for every operation of l.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Surrogate = Callable[[Tensor], Tensor]
+
+class Surrogate(Protocol):
+    """A function l and its derivative."""
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """Return l(s)."""
+        ...
+
+    def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return l(s) and l'(s)."""
+        ...
 
 
-def identity(s: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Identity:
     """l(s) = s: what the authors of DisCO use."""
-    return s
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """Return s."""
+        return s
+
+    def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and 1."""
+        return s, torch.ones_like(s)
 
 
-def hinge(s: Tensor, *, margin: float = 1.0) -> Tensor:
+IDENTITY = Identity()
+
+
+@dataclass(frozen=True)
+class Hinge:
     """l(s) = [margin + s]_+."""
-    return F.relu(s + margin)
+
+    margin: float = 1.0
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """Return [margin + s]_+."""
+        return F.relu(s + self.margin)
+
+    def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return l(s), and 1 where s > -margin, else 0."""
+        value = self(s)
+        return value, value.sign()
 
 
-def squared_hinge(s: Tensor, *, margin: float = 1.0) -> Tensor:
-    """l(s) = [margin + s]_+^2."""
-    return F.relu(s + margin).square()
+@dataclass(frozen=True)
+class SquaredHinge:
+    """l(s) = [margin + s]_+^2.
+
+    Example:
+        >>> l = SquaredHinge(margin=0.5)
+        >>> l.with_slope(torch.tensor(1.0))
+        (tensor(2.2500), tensor(3.))
+    """
+
+    margin: float = 1.0
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """Return [margin + s]_+^2."""
+        return F.relu(s + self.margin).square()
+
+    def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return l(s) and 2 [margin + s]_+."""
+        rise = (s + self.margin).relu_()
+        return rise.square(), rise.mul_(2)
 
 
-def squared(s: Tensor, *, margin: float = 1.0) -> Tensor:
+SQUARED_HINGE = SquaredHinge()
+
+
+@dataclass(frozen=True)
+class Squared:
     """l(s) = (margin + s)^2; non-decreasing only for s >= -margin."""
-    return (s + margin).square()
+
+    margin: float = 1.0
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """Return (margin + s)^2."""
+        return (s + self.margin).square()
+
+    def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return l(s) and 2 (margin + s)."""
+        rise = s + self.margin
+        return rise.square(), rise.mul_(2)
 
 
-def logistic(s: Tensor, *, scale: float = 1.0) -> Tensor:
+@dataclass(frozen=True)
+class Logistic:
     """l(s) = log(1 + exp(s / scale)), without overflow."""
-    return F.softplus(s / scale)
+
+    scale: float = 1.0
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """Return log(1 + exp(s / scale))."""
+        return F.softplus(s / self.scale)
+
+    def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return l(s) and sigmoid(s / scale) / scale."""
+        return self(s), torch.sigmoid(s / self.scale) / self.scale

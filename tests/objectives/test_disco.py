@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from llm_xrisk.objectives import DisCO, Objective
 from llm_xrisk.objectives.scores import k1, k3
-from llm_xrisk.objectives.surrogates import squared_hinge
+from llm_xrisk.objectives.surrogates import SquaredHinge
 from tests.contract import Batch, ObjectiveContract, evaluate
 from tests.reference import disco as reference
 
@@ -82,7 +81,7 @@ class TestDisCOWithoutTemperature(TestDisCO):
         "delta": 0.01,
         "kl_penalty": 3.0,
         "score": "likelihood_ratio",
-        "surrogate": partial(squared_hinge, margin=0.5),
+        "surrogate": SquaredHinge(margin=0.5),
         "normalizer": "all",
     }
 

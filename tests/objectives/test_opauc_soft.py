@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_xrisk.objectives import Objective, OPAUCSoft
-from llm_xrisk.objectives.surrogates import logistic
+from llm_xrisk.objectives.surrogates import Logistic
 from tests.contract import Batch, ObjectiveContract, evaluate
 from tests.objectives.test_average_precision import imbalanced
 from tests.reference import opauc_soft as reference
@@ -60,8 +60,8 @@ def test_gradients_are_those_of_float64_at_any_temperature(tau: float, dtype: to
     generator = torch.Generator().manual_seed(0)
     scores = (torch.rand(16, generator=generator) * 200 - 100).to(dtype)
     batch = Batch(scores, (torch.arange(16) < 5).long(), {"index": torch.arange(16)})
-    got = evaluate(OPAUCSoft(16, tau=tau, surrogate=logistic), batch)
-    precise = OPAUCSoft(16, tau=tau, surrogate=logistic, state_dtype=F64)
+    got = evaluate(OPAUCSoft(16, tau=tau, surrogate=Logistic()), batch)
+    precise = OPAUCSoft(16, tau=tau, surrogate=Logistic(), state_dtype=F64)
     want = evaluate(precise, batch.to(F64))
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-3)
     gap = (got.gradients["scores"].to(F64) - want.gradients["scores"]).norm()

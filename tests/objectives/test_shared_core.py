@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm_xrisk.fcco import rules
 from llm_xrisk.objectives import DFT2, GlobalContrastive, Objective, OPAUCSoft
-from llm_xrisk.objectives.surrogates import identity
+from llm_xrisk.objectives.surrogates import Identity
 from tests.contract import ObjectiveContract
 from tests.objectives.test_contrastive import TestGlobalContrastive as ContrastiveContract
 from tests.objectives.test_dft import TestDFT as DFTContract
@@ -46,7 +46,7 @@ def test_equal_inner_values_give_the_three_the_same_log_u_to_rounding() -> None:
     options = {"gamma": GAMMA, "tau": TAU, "state_dtype": F64}
     objectives: list[Objective] = [
         DFT2(3, u_init="first_batch", **options),
-        OPAUCSoft(3, surrogate=identity, **options),
+        OPAUCSoft(3, surrogate=Identity(), **options),
         GlobalContrastive(3, **options),
     ]
     u = 0.0
