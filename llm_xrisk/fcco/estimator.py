@@ -94,7 +94,7 @@ class InnerEstimator(KeyedState):
         ``where`` change nothing and come back as ``g``.
 
         Args:
-            g: (B, *shape) mini-batch inner values (their logarithms if ``log``).
+            g: (B, *shape) finite mini-batch inner values (their logarithms if ``log``).
             index: (B,) sample ids.
             where: (B,) which rows are observations; all by default.
 
@@ -104,28 +104,24 @@ class InnerEstimator(KeyedState):
         if not self.training:
             return g
         self.check(index)
-        observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
         with torch.no_grad():
-            u = self._update(g.detach().to(self.u.dtype), index, observed)
+            u = self._update(g.detach().to(self.u.dtype), index, where)
         rise = g - g.detach()
-        if self.log:
-            # the weight of an unobserved row could overflow, and infinity times 0 is no gradient
-            log_weight = torch.where(columns(observed, g), g.detach() - u, 0.0)
-            rise = torch.exp(log_weight) * rise
-        value = u + rise
-        return value if where is None else torch.where(columns(where, g), value, g.to(value.dtype))
+        return u + (torch.exp(g.detach() - u) * rise if self.log else rise)
 
-    def _update(self, g: Tensor, index: Tensor, observed: Tensor) -> Tensor:
+    def _update(self, g: Tensor, index: Tensor, where: Tensor | None) -> Tensor:
         u, visited = self.u[index], self.visited[index]
         rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
         new = rule(u, g, self.gamma)
         if self.initial is None:
             new = torch.where(columns(visited, u), new, g)
+        observed = torch.ones_like(visited) if where is None else where
         # rows of one sample all write their mean, so the order of the writes cannot matter
         mean, count = group_mean(new, slots(index), observed, log=self.log)
-        self.u.index_copy_(0, index, torch.where(columns(count > 0, u), mean, u))
-        self.visited.index_copy_(0, index, visited | (count > 0))
-        return new
+        seen = count > 0
+        self.u.index_copy_(0, index, torch.where(columns(seen, u), mean, u))
+        self.visited.index_copy_(0, index, visited | seen)
+        return new if where is None else torch.where(columns(where, g), new, g)
 
     def extra_repr(self) -> str:
         """Show what distinguishes one estimator from another."""

@@ -27,13 +27,14 @@ def group_mean(
 ) -> tuple[Tensor, Tensor]:
     """Mean over the rows of each row's slot that lie in ``where``, and the number of these.
 
-    The mean is differentiable; where there is nothing to average it is 0 with gradient 0.
+    The mean is differentiable; where there is nothing to average it is 0, or the lowest finite
+    number as a logarithm, with gradient 0.
 
     Args:
         values: (B, ...) numbers, or their logarithms.
         slot: (B,) from :func:`slots`.
         where: (B,) which rows count.
-        log: Whether ``values`` are logarithms; so is the result then, and -inf for 0.
+        log: Whether ``values`` are logarithms; so is the result then.
 
     Returns:
         (B, ...) means and (B,) counts.
@@ -44,15 +45,15 @@ def group_mean(
         (tensor([2., 2., 2., 0.]), tensor([2., 2., 2., 0.]))
     """
     count = group_sum(where.to(values.dtype), slot)
-    size, kept = columns(count, values), columns(where, values)
+    size, outside = columns(count.clamp(min=1), values), columns(~where, values)
     if not log:
-        return group_sum(torch.where(kept, values, 0.0), slot) / size.clamp(min=1), count
-    masked = values.masked_fill(~kept, float("-inf"))
+        return group_sum(values.masked_fill(outside, 0.0), slot) / size, count
+    lowest = torch.finfo(values.dtype).min
+    masked = values.masked_fill(outside, lowest)
     top = _group_max(masked.detach(), slot)
-    total = group_sum(torch.exp(masked - top), slot)
-    # a logarithm of 0 would have an infinite derivative: take that of 1 and cut it off
-    mean = torch.log(torch.where(size > 0, total / size, 1.0)) + top
-    return mean.masked_fill(size == 0, float("-inf")), count
+    share = torch.exp(masked - top).masked_fill(outside, 0.0)
+    # the sum is at least 1, the largest entry's share, but where there is nothing to sum
+    return torch.log(group_sum(share, slot).clamp(min=0.5) / size) + top, count
 
 
 def columns(rows: Tensor, like: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ def columns(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _group_max(values: Tensor, slot: Tensor) -> Tensor:
-    """Largest of each row's slot; 0 where that is -inf."""
+    """Largest of each row's slot."""
     where = columns(slot, values).expand_as(values)
-    top = torch.full_like(values, float("-inf")).scatter_reduce(0, where, values, "amax")[slot]
-    return top.masked_fill(top == float("-inf"), 0.0)
+    return torch.zeros_like(values).scatter_reduce(0, where, values, "amax", include_self=False)[
+        slot
+    ]

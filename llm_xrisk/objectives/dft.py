@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator, join
-from llm_xrisk.fcco.groups import group_mean, slots
+from llm_xrisk.fcco.groups import group_mean, group_sum, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     ObjectiveOutput,
@@ -115,9 +115,10 @@ class DFT(SequenceObjective):
         log_g, count = group_mean(exponent, slot, ~gold, log=True)
         anchors = gold & (count > 0)
         log_u = self.inner(log_g, index, where=anchors)
-        loss = masked_mean(-scores + self.tau * torch.where(anchors, log_u, 0.0), gold)
+        loss = masked_mean(self.tau * log_u.masked_fill(~anchors, 0.0) - scores, gold)
         with torch.no_grad():
-            squares, _ = group_mean(2 * exponent, slot, ~gold, log=True)
+            share = torch.exp(exponent - log_g).masked_fill(gold, 0.0)  # m times that in the sum
+            fraction = count / group_sum(share.square(), slot).clamp(min=1e-12)
             rows = rows_of(anchors)
             negatives = same_group(slot, rows, scores.dtype) * (~gold).to(scores.dtype)
             wins = weighted_mean(differences(scores, scores[rows]).lt_(0.0), negatives)
@@ -126,7 +127,7 @@ class DFT(SequenceObjective):
                 "log_u/mean": masked_mean(log_u, anchors),
                 "log_u/max": masked_max(log_u, anchors),
                 "negatives/weight": masked_mean((log_g - log_u).exp(), anchors),
-                "negatives/effective_fraction": masked_mean((2 * log_g - squares).exp(), anchors),
+                "negatives/effective_fraction": masked_mean(fraction, anchors),
                 "score/gold": masked_mean(scores, gold),
                 "score/negative": masked_mean(scores, ~gold),
                 "auc": masked_mean(wins, anchors[rows]),
@@ -145,7 +146,7 @@ class DFT(SequenceObjective):
         gold = targets > 0.5
         exponent = self._exponent(widened(scores), ref_log_likelihood)
         log_g, count = group_mean(exponent, slots(index), ~gold, log=True)
-        return masked_mean(-scores + self.tau * torch.where(count > 0, log_g, 0.0), gold)
+        return masked_mean(self.tau * log_g.masked_fill(count == 0, 0.0) - scores, gold)
 
     def _exponent(self, scores: Tensor, ref: Tensor | None) -> Tensor:
         if not self.importance_weight:

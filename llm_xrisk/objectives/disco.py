@@ -155,7 +155,7 @@ class DisCO(SequenceObjective):
         weight = valid.to(scores.dtype) / (size - wrong_count)[rows].clamp(min=1)
         questions = size.reciprocal().sum()
         divisor = weight.sum() if self.normalizer == "valid" else questions
-        loss = (torch.where(valid, inner, 0.0) * weight).sum() / divisor.clamp(min=1)
+        loss = (inner.masked_fill(~valid, 0.0) * weight).sum() / divisor.clamp(min=1)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),

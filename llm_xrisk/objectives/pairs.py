@@ -70,8 +70,8 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
         tau: Temperature.
 
     Returns:
-        (R,) log-means, -inf where the weights are empty, and (R, m) the share of each entry in
-        its sum: tau times the derivative.
+        (R,) log-means, about the lowest finite number where the weights are empty, and (R, m) the
+        share of each entry in its sum, tau times the derivative.
 
     Example:
         >>> logmeanexp(torch.zeros(1, 3), torch.tensor([1.0, 1.0, 0.0]))
@@ -83,7 +83,7 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
     share = torch.softmax(exponent, -1)
     # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
     log_sum = exponent.amax(-1) - share.amax(-1).log()
-    return torch.where(count > 0, log_sum - count.log(), float("-inf")), share
+    return log_sum - count.clamp(min=1).log(), share
 
 
 def effective_fraction(share: Tensor, weight: Tensor) -> Tensor:
