@@ -1,5 +1,6 @@
 """Small trainers of everything, for the tests of this folder and the scripts they launch."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ COMMON: dict[str, Any] = {
 }
 
 
+@cache
 def tokenizer() -> Any:
     """The shipped one: it comes without weights worth depending on."""
     return AutoTokenizer.from_pretrained(tiny_model_path())
@@ -56,9 +58,14 @@ def tiny_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model
 
 
+@cache
+def _steps() -> list[Any]:
+    return load_steps("train")[:100]
+
+
 def questions(count: int = 24) -> list[dict[str, Any]]:
     """Real arithmetic, numbered."""
-    rows = load_steps("train")[:count]
+    rows = _steps()[:count]
     return [{"index": k, "prompt": r["prompt"], "answer": r["answer"]} for k, r in enumerate(rows)]
 
 
@@ -121,6 +128,7 @@ def disco_trainer(
     model: Any = None,
     rows: Any = None,
     reward: Any = even_code,
+    eval_dataset: Any = None,
     peft_config: Any = None,
     rollout: dict[str, Any] | None = None,
     callbacks: Any = None,
@@ -138,6 +146,7 @@ def disco_trainer(
         model if model is not None else tiny_model(),
         disco_config(output, **changes),
         train_dataset=questions() if rows is None else rows,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer(),
         reward_funcs=reward,
         peft_config=peft_config,
