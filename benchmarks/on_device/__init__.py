@@ -1,0 +1,1 @@
+"""What `benchmarks/device.py` checks and measures, one part per module."""
