@@ -1,6 +1,6 @@
 """Joining the rows of all ranks, so that an objective only ever sees the whole mini-batch."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,10 +38,16 @@ def join(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     first = next(t for t in tensors if t is not None)
     rows = torch.tensor([first.shape[0]], device=first.device)
-    gathered = [torch.empty_like(rows) for _ in range(world)]
-    dist.all_gather(gathered, rows)
-    sizes = [int(size) for size in torch.cat(gathered).tolist()]
-    return tuple(None if t is None else _Join.apply(t, sizes) for t in tensors)
+    sizes = cast(list[int], torch.cat(_gather(rows, world)).tolist())  # pyright: ignore[reportUnknownMemberType]
+    apply = cast(Any, _Join).apply
+    return tuple(None if t is None else apply(t, sizes) for t in tensors)
+
+
+def _gather(local: Tensor, world: int) -> list[Tensor]:
+    """The same-shaped tensors of all ranks."""
+    parts = [torch.empty_like(local) for _ in range(world)]
+    dist.all_gather(parts, local)  # pyright: ignore[reportUnknownMemberType]
+    return parts
 
 
 class _Join(torch.autograd.Function):
@@ -53,15 +59,14 @@ class _Join(torch.autograd.Function):
         wire = local.to(torch.uint8) if local.dtype == torch.bool else local  # gloo has no bool
         padded = wire.new_zeros((max(sizes), *wire.shape[1:]))
         padded[: wire.shape[0]] = wire
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        parts = _gather(padded, len(sizes))
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         return whole.to(local.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total)  # pyright: ignore[reportUnknownMemberType]
         rank = dist.get_rank()
         start = sum(ctx.sizes[:rank])
         return total[start : start + ctx.sizes[rank]], None

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from llm_xrisk.fcco.groups import readable
 
 
 class KeyedState(nn.Module):
@@ -32,12 +33,12 @@ class KeyedState(nn.Module):
         Raises:
             IndexError: an entry outside [0, num_samples).
         """
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(index):
             check_index(index, self.num_samples)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KeyedState":
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:  # follow the device, never the dtype
@@ -55,7 +56,7 @@ class KeyedState(nn.Module):
                     f"num_samples={self.num_samples}; resume with the dataset the run started "
                     "with, or start a new run from the model's weights"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore
 
 
 def check_index(index: Tensor, num_samples: int) -> None:
