@@ -26,10 +26,9 @@ LAYERS = {
     "cli_help": 4,
     "quickstart": 4,
 }
-ANNOTATIONS = {"jaxtyping"}  # shapes in signatures; imports nothing but itself
 ALLOWED = {
-    "llm_xrisk/fcco": {"torch", "llm_xrisk.fcco"} | ANNOTATIONS,
-    "llm_xrisk/objectives": {"torch", "llm_xrisk.fcco", "llm_xrisk.objectives"} | ANNOTATIONS,
+    "llm_xrisk/fcco": {"torch", "llm_xrisk.fcco"},
+    "llm_xrisk/objectives": {"torch", "llm_xrisk.fcco", "llm_xrisk.objectives"},
 }
 NOT_IN_REWARD = {"torch", "llm_xrisk", "transformers", "datasets", "recipes"}
 MAX_MODULE, MAX_OBJECTIVE, MAX_RECIPE, MAX_FUNCTION, MAX_NESTING = 400, 150, 150, 60, 3
