@@ -366,9 +366,10 @@ class ObjectiveContract:
         if objective.num_samples is None:
             objective.check(targets=batch.targets, index=torch.tensor([10**9]))
             return
-        for wrong in (self.num_samples, -1):
+        rows = range(len(batch.targets))
+        for wrong, row in [(w, r) for w in (self.num_samples, -1) for r in rows]:
             index = batch.groups["index"].clone()
-            index[0] = wrong
+            index[row] = wrong
             bad = replace(batch, groups=batch.groups | {"index": index})
             with pytest.raises(IndexError, match=rf"{wrong}.*num_samples=12.*len\(train_dataset\)"):
                 evaluate(objective, bad)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import rules
-from llm_xrisk.fcco.groups import columns, group_mean, slots
+from llm_xrisk.fcco.groups import columns, distinct, group_mean, slots
 from llm_xrisk.fcco.keyed import KeyedState
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
 
@@ -116,9 +116,11 @@ class InnerEstimator(KeyedState):
         if self.initial is None:
             new = torch.where(columns(visited, u), new, g)
         observed = torch.ones_like(visited) if where is None else where
-        # rows of one sample all write their mean, so the order of the writes cannot matter
-        mean, count = group_mean(new, slots(index), observed, log=self.log)
-        seen = count > 0
+        mean, seen = new, observed
+        if not distinct(index):
+            # rows of one sample all write their mean: the order of the writes cannot matter
+            mean, count = group_mean(new, slots(index), observed, log=self.log)
+            seen = count > 0
         self.u.index_copy_(0, index, torch.where(columns(seen, u), mean, u))
         self.visited.index_copy_(0, index, visited | seen)
         return new if where is None else torch.where(columns(where, g), new, g)

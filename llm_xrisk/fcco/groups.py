@@ -4,6 +4,14 @@ import torch
 from torch import Tensor
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether reading a value of ``tensor`` is free: eager code on a CPU.
+
+    Elsewhere it would wait for the device, and in compiled code shapes must not depend on values.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def slots(index: Tensor) -> Tensor:
     """Number equal entries of ``index`` (B,) alike, 0 <= slot < B.
 
@@ -54,6 +62,19 @@ def group_mean(
     share = torch.exp(masked - top).masked_fill(outside, 0.0)
     # the sum is at least 1, the largest entry's share, but where there is nothing to sum
     return torch.log(group_sum(share, slot).clamp(min=0.5) / size) + top, count
+
+
+def distinct(index: Tensor) -> bool:
+    """Whether no two entries of ``index`` are known to be equal; False where finding out waits.
+
+    Example:
+        >>> distinct(torch.tensor([4, 2])), distinct(torch.tensor([4, 4]))
+        (True, False)
+    """
+    if not readable(index):
+        return False
+    ordered = torch.sort(index).values
+    return not bool((ordered[1:] == ordered[:-1]).any())
 
 
 def columns(rows: Tensor, like: Tensor) -> Tensor:

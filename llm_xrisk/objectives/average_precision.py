@@ -82,7 +82,7 @@ class AveragePrecision(Objective):
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        index = require_index(type(self).__name__, index)
+        index = require_index(self, index)
         scores, targets, index = join(widened(scores), targets, index)
         positive = targets > 0.5
         g, rows = self._inner_values(scores, positive)
@@ -114,6 +114,7 @@ class AveragePrecision(Objective):
             weight = torch.where(positive, share, other)
         rows, fixed = rows_of(positive), scores.detach()
         pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
+        slope = slope.expand(pairwise.shape)
         columns = (weight * first, weight)
         means = [with_pair_gradient(scores, rows, pairwise @ c, slope, c) for c in columns]
         return torch.stack(means, dim=-1), rows

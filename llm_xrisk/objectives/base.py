@@ -85,16 +85,7 @@ class Objective(nn.Module):
                     "them first, for example (targets >= 0.5)"
                 )
         if self.num_samples is not None:
-            _check_index(type(self).__name__, index, self.num_samples)
-
-
-def _check_index(name: str, index: Tensor | None, num_samples: int) -> None:
-    if index is None:
-        raise ValueError(
-            f"{name} keeps a value for each sample and got no index; number the rows with "
-            "llm_xrisk.data.with_index(dataset) and pass index=batch['index']"
-        )
-    check_index(index, num_samples)
+            check_index(require_index(self, index).cpu(), self.num_samples)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -133,8 +124,17 @@ def widened(rows: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def require_index(name: str, index: Tensor | None) -> Tensor:
-    """Return ``index`` or raise the error that shows how to get one."""
+def require_index(objective: Objective, index: Tensor | None) -> Tensor:
+    """Return ``index``, its range checked on a CPU, or raise the error that shows how to get one.
+
+    Every row is checked, also those that no estimator will see.
+    """
     if index is None:
-        _check_index(name, None, 0)
-    return index  # pyright: ignore[reportReturnType]
+        raise ValueError(
+            f"{type(objective).__name__} keeps a value for each sample and got no index; number "
+            "the rows with llm_xrisk.data.with_index(dataset) and pass index=batch['index']"
+        )
+    for module in objective.modules():
+        if isinstance(module, KeyedState):
+            module.check(index)
+    return index

@@ -85,7 +85,7 @@ class GlobalContrastive(Objective):
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined views; see the class."""
-        index = require_index(type(self).__name__, index)
+        index = require_index(self, index)
         first, second, index = join(widened(scores), widened(targets), index)
         both = torch.cat([index, index])
         positive, log_g, share, negatives = self._similarities(first, second, both)
@@ -119,7 +119,7 @@ class GlobalContrastive(Objective):
         similarity = views @ views.T
         slot = slots(both)
         everyone = torch.arange(slot.shape[0], device=slot.device)
-        negatives = 1 - same_group(slot, everyone, similarity.dtype)
+        negatives = same_group(slot, everyone, similarity.dtype).neg_().add_(1)
         positive = (views * views.roll(first.shape[0], 0)).sum(-1)
         log_g, share = logmeanexp(similarity.detach(), negatives, self.tau)
         return positive, with_row_gradient(similarity, log_g, share, 1 / self.tau), share, negatives

@@ -108,29 +108,31 @@ class DFT(SequenceObjective):
         ref_log_likelihood: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        index = require_index(type(self).__name__, index)
+        index = require_index(self, index)
         scores, targets, index, ref = join(widened(scores), targets, index, ref_log_likelihood)
         gold, slot = targets > 0.5, slots(index)
         exponent = self._exponent(scores, ref)
-        log_g, count = group_mean(exponent, slot, ~gold, log=True)
-        anchors = gold & (count > 0)
-        log_u = self.inner(log_g, index, where=anchors)
-        loss = masked_mean(self.tau * log_u.masked_fill(~anchors, 0.0) - scores, gold)
+        whole, count = group_mean(exponent, slot, ~gold, log=True)
+        contrasted = gold & (count > 0)
+        rows = rows_of(contrasted)
+        anchors, log_g = contrasted[rows], whole[rows]
+        log_u = self.inner(log_g, index[rows], where=anchors)
+        normaliser = self.tau * log_u.masked_fill(~anchors, 0.0).sum()
+        loss = (normaliser - scores.masked_fill(~gold, 0.0).sum()) / gold.sum().clamp(min=1)
         with torch.no_grad():
-            share = torch.exp(exponent - log_g).masked_fill(gold, 0.0)  # m times that in the sum
-            fraction = count / group_sum(share.square(), slot).clamp(min=1e-12)
-            rows = rows_of(anchors)
             negatives = same_group(slot, rows, scores.dtype) * (~gold).to(scores.dtype)
+            share = torch.exp(exponent - whole).masked_fill(gold, 0.0)  # m times that in the sum
+            fraction = count / group_sum(share.square(), slot).clamp(min=1e-12)
             wins = weighted_mean(differences(scores, scores[rows]).lt_(0.0), negatives)
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
                 "log_u/max": masked_max(log_u, anchors),
                 "negatives/weight": masked_mean((log_g - log_u).exp(), anchors),
-                "negatives/effective_fraction": masked_mean(fraction, anchors),
+                "negatives/effective_fraction": masked_mean(fraction[rows], anchors),
                 "score/gold": masked_mean(scores, gold),
                 "score/negative": masked_mean(scores, ~gold),
-                "auc": masked_mean(wins, anchors[rows]),
+                "auc": masked_mean(wins, anchors),
             }
         return ObjectiveOutput(loss, metrics)
 

@@ -180,4 +180,4 @@ class DisCO(SequenceObjective):
         else:
             log_mean, share = logmeanexp(pairwise, pairs, self.tau)
             value, fraction = self.tau * log_mean, effective_fraction(share, pairs)
-        return with_pair_gradient(scores, rows, value, slope * share), fraction
+        return with_pair_gradient(scores, rows, value, share.mul_(slope)), fraction

@@ -82,15 +82,14 @@ class OPAUCSoft(Objective):
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        index = require_index(type(self).__name__, index)
+        index = require_index(self, index)
         scores, targets, index = join(widened(scores), targets, index)
         positive = targets > 0.5
-        log_g, share, rows = self._log_inner_values(scores, positive)
+        log_g, fraction, rows = self._log_inner_values(scores, positive)
         anchors = positive[rows] & ~positive.all()
         log_u = self.inner(log_g, index[rows], where=anchors)
         loss = self.tau * masked_mean(log_u, anchors)
         with torch.no_grad():
-            fraction = effective_fraction(share, (~positive).to(scores.dtype))
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
@@ -107,9 +106,11 @@ class OPAUCSoft(Objective):
         return self.tau * masked_mean(log_g, positive[rows] & ~positive.all())
 
     def _log_inner_values(self, scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log g of each anchor (A,), the shares of the rows in it, and the anchors' rows."""
+        """Log g of each anchor (A,), how many negatives count in it, and the anchors' rows."""
         rows, fixed = rows_of(positive), scores.detach()
         pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
-        log_g, share = logmeanexp(pairwise, (~positive).to(scores.dtype), self.tau)
-        slope = slope.mul_(share).div_(self.tau)
-        return with_pair_gradient(scores, rows, log_g, slope), share, rows
+        negatives = (~positive).to(scores.dtype)
+        log_g, share = logmeanexp(pairwise, negatives, self.tau)
+        fraction = effective_fraction(share, negatives)
+        weight = share.mul_(slope).div_(self.tau)
+        return with_pair_gradient(scores, rows, log_g, weight), fraction, rows

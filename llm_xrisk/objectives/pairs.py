@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm_xrisk.fcco.groups import readable
+
 
 def rows_of(anchors: Tensor) -> Tensor:
     """The rows to compute pairs for: those in ``anchors``, or all where finding them would wait.
@@ -21,7 +23,7 @@ def rows_of(anchors: Tensor) -> Tensor:
         >>> rows_of(torch.tensor([False, True, True]))
         tensor([1, 2])
     """
-    if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(anchors):
         return anchors.nonzero().squeeze(-1)
     return torch.arange(anchors.shape[0], device=anchors.device)
 
@@ -78,8 +80,9 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
         (tensor([0.]), tensor([[0.5000, 0.5000, 0.0000]]))
     """
     count = weight.sum(-1)
-    excluded = (weight - 1) * torch.finfo(values.dtype).max
-    exponent = torch.add(excluded, values, alpha=1 / tau)
+    excluded = (weight - 1).mul_(torch.finfo(values.dtype).max)
+    fits = excluded.shape == values.shape  # then no further matrix is needed
+    exponent = torch.add(excluded, values, alpha=1 / tau, out=excluded if fits else None)
     share = torch.softmax(exponent, -1)
     # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
     log_sum = exponent.amax(-1) - share.amax(-1).log()

@@ -20,7 +20,7 @@ class Surrogate(Protocol):
         ...
 
     def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return l(s) and l'(s)."""
+        """Return l(s) and l'(s), which may be one number where it is constant."""
         ...
 
 
@@ -34,7 +34,7 @@ class Identity:
 
     def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return s and 1."""
-        return s, torch.ones_like(s)
+        return s, s.new_ones(())
 
 
 IDENTITY = Identity()
