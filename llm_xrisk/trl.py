@@ -20,6 +20,7 @@ from trl.trainer import grpo_trainer
 
 from llm_xrisk.objectives import OBJECTIVES, SequenceObjective
 from llm_xrisk.rollout.vllm_engine import refresh_tied_heads
+from llm_xrisk.rollout.vllm_process import share_the_cpu
 from llm_xrisk.rollout.weight_sync import iter_named_parameters
 
 logger = logging.getLogger(__name__)
@@ -278,6 +279,10 @@ class DisCOGRPOTrainer(GRPOTrainer):
 
 class _ReloadingVLLM(grpo_trainer.VLLMGeneration):
     """TRL's vLLM back end, whose weights also arrive on a CPU."""
+
+    def _init_vllm(self) -> None:
+        share_the_cpu()
+        super()._init_vllm()
 
     def sync_weights(self) -> None:
         if self.mode != "colocate" or self.accelerator.device.type != "cpu":

@@ -33,9 +33,7 @@ def start_vllm(model: Any, empty: bool, settings: dict[str, Any]) -> Any:
         ImportError: vLLM is not installed.
         RuntimeError: several processes were launched and none has joined a group yet.
     """
-    if not torch.cuda.is_available():
-        for name, value in _CPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    share_the_cpu()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keeps the model within reach of sync()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,6 +53,13 @@ def start_vllm(model: Any, empty: bool, settings: dict[str, Any]) -> Any:
         config.architectures = config.architectures or [_architecture(model)]
         config.save_pretrained(folder)
         return LLM(model=folder, load_format="dummy", **settings)
+
+
+def share_the_cpu() -> None:
+    """Keep vLLM's CPU back end small, beside a model that trains; settings of the user stay."""
+    if not torch.cuda.is_available():
+        for name, value in _CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
 
 def _architecture(model: Any) -> str:

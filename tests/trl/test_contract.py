@@ -114,6 +114,7 @@ def test_vllm_is_built_and_synced_where_it_was():
     assert {"model", "accelerator", "mode"} <= set(inspect.signature(backend.__init__).parameters)
     for name in ("model", "accelerator", "mode"):
         assert uses(backend.__init__, name)
+    assert uses(backend.__init__, "_init_vllm")
     assert uses(backend._init_vllm, "llm")
     turn = inspect.unwrap(GRPOTrainer._generate_single_turn)
     assert uses(turn, "sync_weights")
