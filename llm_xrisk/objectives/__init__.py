@@ -5,7 +5,7 @@ from llm_xrisk.objectives.registry import *  # noqa: F403  the registry's names 
 from llm_xrisk.objectives.registry import OBJECTIVES
 from llm_xrisk.objectives.sequence import SequenceObjective
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "OBJECTIVES",
     "Objective",
     "ObjectiveOutput",

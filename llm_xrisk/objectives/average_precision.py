@@ -82,12 +82,11 @@ class AveragePrecision(Objective):
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        index = require_index(self, index)
-        scores, targets, index = join(widened(scores), targets, index)
+        scores, targets, ids = join(widened(scores), targets, require_index(self, index))
         positive = targets > 0.5
         g, rows = self._inner_values(scores, positive)
         anchors = positive[rows]
-        u = self.inner(g, index[rows], where=anchors)
+        u = self.inner(g, ids[rows], where=anchors)
         loss = masked_mean(-u[:, 0] / u[:, 1], anchors)
         with torch.no_grad():
             metrics = {

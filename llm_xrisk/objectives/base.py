@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ class Objective(nn.Module):
             IndexError: index outside [0, num_samples).
         """
         if targets is not None and self.binary_targets:
-            values = sorted({float(v) for v in targets.flatten().tolist()})
+            listed = cast(list[float], targets.flatten().tolist())  # pyright: ignore[reportUnknownMemberType]
+            values = sorted({float(v) for v in listed})
             if any(v not in (0.0, 1.0) for v in values):
                 raise ValueError(
                     f"{type(self).__name__} needs targets 0 or 1, got {values[:8]}; threshold "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator, join
-from llm_xrisk.fcco.groups import slots
+from llm_xrisk.fcco.groups import group_sum, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     Objective,
@@ -17,7 +17,12 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import effective_fraction, logmeanexp, same_group, with_row_gradient
+from llm_xrisk.objectives.pairs import (
+    effective_fraction,
+    logsumexp,
+    same_group,
+    with_similarity_gradient,
+)
 
 
 class GlobalContrastive(Objective):
@@ -85,11 +90,9 @@ class GlobalContrastive(Objective):
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined views; see the class."""
-        index = require_index(self, index)
-        first, second, index = join(widened(scores), widened(targets), index)
-        both = torch.cat([index, index])
-        positive, log_g, share, negatives = self._similarities(first, second, both)
-        anchors = negatives.sum(-1) > 0
+        first, second, ids = join(widened(scores), widened(targets), require_index(self, index))
+        both = torch.cat([ids, ids])
+        positive, log_g, fraction, anchors = self._similarities(first, second, both)
         log_u = self.inner(log_g, both, where=anchors)
         loss = self._loss(positive, log_u, anchors)
         with torch.no_grad():
@@ -97,9 +100,7 @@ class GlobalContrastive(Objective):
                 "objective": loss.detach(),
                 "log_u/mean": masked_mean(log_u, anchors),
                 "log_u/max": masked_max(log_u, anchors),
-                "negatives/effective_fraction": masked_mean(
-                    effective_fraction(share, negatives), anchors
-                ),
+                "negatives/effective_fraction": masked_mean(fraction, anchors),
                 "similarity/positive": positive.mean(),
                 "skipped": (~anchors.any()).to(positive.dtype),
             }
@@ -108,21 +109,25 @@ class GlobalContrastive(Objective):
     def exact(self, scores: Tensor, targets: Tensor, *, index: Tensor) -> Tensor:
         """(6.42) of the given views, without state."""
         both = torch.cat([index, index])
-        positive, log_g, _, negatives = self._similarities(widened(scores), widened(targets), both)
-        return self._loss(positive, log_g, negatives.sum(-1) > 0)
+        positive, log_g, _, anchors = self._similarities(widened(scores), widened(targets), both)
+        return self._loss(positive, log_g, anchors)
 
     def _similarities(
         self, first: Tensor, second: Tensor, both: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the 2B views: the positive's similarity, log g, negatives' shares, their weights."""
-        views = F.normalize(torch.cat([first, second]), dim=-1)
-        similarity = views @ views.T
-        slot = slots(both)
-        everyone = torch.arange(slot.shape[0], device=slot.device)
-        negatives = same_group(slot, everyone, similarity.dtype).neg_().add_(1)
+        """Of the 2B views: similarity to the positive, log g, how many negatives count, if any."""
+        views, slot = F.normalize(torch.cat([first, second]), dim=-1), slots(both)
         positive = (views * views.roll(first.shape[0], 0)).sum(-1)
-        log_g, share = logmeanexp(similarity.detach(), negatives, self.tau)
-        return positive, with_row_gradient(similarity, log_g, share, 1 / self.tau), share, negatives
+        with torch.no_grad():
+            exponent = (views / self.tau) @ views.T
+            own = same_group(slot, torch.arange(len(both), device=both.device), views.dtype)
+            exponent.add_(own, alpha=-torch.finfo(views.dtype).max)
+            log_sum, share = logsumexp(exponent)
+            count = len(both) - group_sum(torch.ones_like(log_sum), slot)
+            log_g = log_sum - count.clamp(min=1).log()
+            fraction = effective_fraction(share, count)
+        log_g = with_similarity_gradient(views, log_g, share.div_(self.tau))
+        return positive, log_g, fraction, count > 0
 
     def _loss(self, positive: Tensor, log_u: Tensor, anchors: Tensor) -> Tensor:
         if self.log_eps > -math.inf:

@@ -108,15 +108,16 @@ class DFT(SequenceObjective):
         ref_log_likelihood: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        index = require_index(self, index)
-        scores, targets, index, ref = join(widened(scores), targets, index, ref_log_likelihood)
-        gold, slot = targets > 0.5, slots(index)
+        scores, targets, ids, ref = join(
+            widened(scores), targets, require_index(self, index), ref_log_likelihood
+        )
+        gold, slot = targets > 0.5, slots(ids)
         exponent = self._exponent(scores, ref)
         whole, count = group_mean(exponent, slot, ~gold, log=True)
         contrasted = gold & (count > 0)
         rows = rows_of(contrasted)
         anchors, log_g = contrasted[rows], whole[rows]
-        log_u = self.inner(log_g, index[rows], where=anchors)
+        log_u = self.inner(log_g, ids[rows], where=anchors)
         normaliser = self.tau * log_u.masked_fill(~anchors, 0.0).sum()
         loss = (normaliser - scores.masked_fill(~gold, 0.0).sum()) / gold.sum().clamp(min=1)
         with torch.no_grad():

@@ -179,5 +179,5 @@ class DisCO(SequenceObjective):
             value, fraction = (pairwise * share).sum(-1), torch.ones_like(fixed[rows])
         else:
             log_mean, share = logmeanexp(pairwise, pairs, self.tau)
-            value, fraction = self.tau * log_mean, effective_fraction(share, pairs)
+            value, fraction = self.tau * log_mean, effective_fraction(share, pairs.sum(-1))
         return with_pair_gradient(scores, rows, value, share.mul_(slope)), fraction

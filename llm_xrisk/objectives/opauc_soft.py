@@ -82,12 +82,11 @@ class OPAUCSoft(Objective):
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        index = require_index(self, index)
-        scores, targets, index = join(widened(scores), targets, index)
+        scores, targets, ids = join(widened(scores), targets, require_index(self, index))
         positive = targets > 0.5
         log_g, fraction, rows = self._log_inner_values(scores, positive)
         anchors = positive[rows] & ~positive.all()
-        log_u = self.inner(log_g, index[rows], where=anchors)
+        log_u = self.inner(log_g, ids[rows], where=anchors)
         loss = self.tau * masked_mean(log_u, anchors)
         with torch.no_grad():
             metrics = {
@@ -111,6 +110,6 @@ class OPAUCSoft(Objective):
         pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
         negatives = (~positive).to(scores.dtype)
         log_g, share = logmeanexp(pairwise, negatives, self.tau)
-        fraction = effective_fraction(share, negatives)
+        fraction = effective_fraction(share, negatives.sum())
         weight = share.mul_(slope).div_(self.tau)
         return with_pair_gradient(scores, rows, log_g, weight), fraction, rows

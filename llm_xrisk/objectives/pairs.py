@@ -4,7 +4,7 @@ Pairs are chosen by weights of 0 and 1 in the dtype of the scores, not by boolea
 selecting 512 x 512 entries by a random mask takes as long as computing all the rest.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,23 +83,33 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
     excluded = (weight - 1).mul_(torch.finfo(values.dtype).max)
     fits = excluded.shape == values.shape  # then no further matrix is needed
     exponent = torch.add(excluded, values, alpha=1 / tau, out=excluded if fits else None)
-    share = torch.softmax(exponent, -1)
-    # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
-    log_sum = exponent.amax(-1) - share.amax(-1).log()
+    log_sum, share = logsumexp(exponent)
     return log_sum - count.clamp(min=1).log(), share
 
 
-def effective_fraction(share: Tensor, weight: Tensor) -> Tensor:
-    """Effective number of entries of each row, as a fraction of their number.
+def logsumexp(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the sum of exp of each row, and the share of each entry in it, its derivative.
+
+    Example:
+        >>> logsumexp(torch.zeros(1, 2))
+        (tensor([0.6931]), tensor([[0.5000, 0.5000]]))
+    """
+    share = torch.softmax(exponent, -1)
+    # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
+    return exponent.amax(-1) - share.amax(-1).log(), share
+
+
+def effective_fraction(share: Tensor, count: Tensor) -> Tensor:
+    """Effective number of entries of each row, as a fraction of their number ``count``.
 
     1 / (m sum_j p_j^2) for shares p of m entries: 1 is uniform, 1/m a single entry.
 
     Example:
-        >>> effective_fraction(torch.tensor([[1.0, 0.0]]), torch.ones(2))
+        >>> effective_fraction(torch.tensor([[1.0, 0.0]]), torch.tensor([2]))
         tensor([0.5000])
     """
-    squares = torch.linalg.vector_norm(share, dim=-1).square()
-    return 1 / (squares * weight.sum(-1)).clamp(min=1e-12)
+    norm = cast(Tensor, torch.linalg.vector_norm(share, dim=-1))  # pyright: ignore[reportUnknownMemberType]
+    return 1 / (norm.square() * count).clamp(min=1e-12)
 
 
 def with_pair_gradient(
@@ -124,12 +134,28 @@ def with_pair_gradient(
         >>> torch.autograd.grad(value[0], s)
         (tensor([-4.,  4.]),)
     """
-    return _PairGradient.apply(scores[rows], scores, value, slope, column)
+    return cast(Tensor, _PairGradient.apply(scores[rows], scores, value, slope, column))  # pyright: ignore[reportUnknownMemberType]
 
 
-def with_row_gradient(values: Tensor, result: Tensor, slope: Tensor, scale: float) -> Tensor:
-    """Give ``result`` (R,), computed without graph, the gradient scale slope_ij in values_ij."""
-    return _RowGradient.apply(values, result, slope, scale)
+def with_similarity_gradient(views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Give ``value``, computed without graph, its gradient in the similarities of all views.
+
+    Entry i of ``value`` changes with the product of views i and j by slope_ij. As above, no
+    matrix of the size of ``slope`` is made or kept beside it.
+
+    Args:
+        views: (R, d) with gradient.
+        value: (R,).
+        slope: (R, R).
+
+    Example:
+        >>> v = torch.tensor([[1.0], [3.0]], requires_grad=True)
+        >>> value = with_similarity_gradient(v, torch.zeros(2), torch.tensor([[0.0, 1.0]] * 2))
+        >>> torch.autograd.grad(value[0], v)                # d(v_0 v_1)
+        (tensor([[3.],
+                [1.]]),)
+    """
+    return cast(Tensor, _SimilarityGradient.apply(views, value, slope))  # pyright: ignore[reportUnknownMemberType]
 
 
 class _PairGradient(torch.autograd.Function):
@@ -146,23 +172,24 @@ class _PairGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    @once_differentiable  # the shares depend on the scores, which this gradient does not know
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         slope, column = ctx.saved_tensors
+        grad = grads[0]
         as_anchor = slope.sum(-1) if column is None else slope @ column
         as_other = grad @ slope if column is None else (grad @ slope) * column
         return -grad * as_anchor, as_other, None, None, None
 
 
-class _RowGradient(torch.autograd.Function):
+class _SimilarityGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, result: Tensor, slope: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(slope)
-        ctx.scale = scale
-        return result.clone()
+    def forward(ctx: Any, views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(views, slope)
+        return value.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * (grad * ctx.scale)[:, None], None, None, None
+    @once_differentiable  # the shares depend on the scores, which this gradient does not know
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        views, slope = ctx.saved_tensors
+        weight = grads[0][:, None]
+        return weight * (slope @ views) + slope.T @ (weight * views), None, None

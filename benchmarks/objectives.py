@@ -1,0 +1,212 @@
+"""Time of a loss, forward and backward, on one thread: ours, plain autograd, LibAUC.
+
+    OMP_NUM_THREADS=1 python benchmarks/objectives.py [--libauc-python PATH]
+
+Each number is the median over rounds of a round's 20th percentile (other processes only ever add
+time); rounds take the losses in turn. Ratios are to binary cross-entropy for pairwise losses and
+to SimCLR's InfoNCE of the same views for contrastive ones. PATH is the interpreter of an
+environment with libauc 2.0.1, which this one does not need. JSON goes to benchmarks/results/.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Step = Callable[[], Tensor]
+RESULTS = Path(__file__).parent / "results"
+SEED, SAMPLES, WIDTH, SHARE = 0, 10_000, 128, 0.25
+
+
+def rows(batch: int) -> dict[str, Tensor]:
+    """Scores and views with a gradient, a quarter positives (first, as LibAUC's sampler gives)."""
+    generator = torch.Generator().manual_seed(SEED)
+    first = torch.randn(batch, WIDTH, generator=generator)
+    return {
+        "scores": torch.randn(batch, generator=generator).requires_grad_(),
+        "targets": (torch.arange(batch) < SHARE * batch).long(),
+        "first": first.requires_grad_(),
+        "second": (first + torch.randn(batch, WIDTH, generator=generator))
+        .detach()
+        .requires_grad_(),
+        "index": torch.randperm(SAMPLES, generator=generator)[:batch],
+        "group": torch.arange(batch) // 4,
+        "length": torch.full((batch,), 20),
+        "kl": torch.rand(batch, generator=generator),
+    }
+
+
+def baselines(batch: int) -> dict[str, Step]:
+    """Losses without state, and the objectives' values written in plain autograd (gamma = 1)."""
+    data = rows(batch)
+    scores, labels, positive = data["scores"], data["targets"].float(), data["targets"] == 1
+
+    def pairwise() -> Tensor:
+        return F.relu(1 + scores[None, :] - scores[positive][:, None]).square()
+
+    def plain_average_precision() -> Tensor:
+        loss = pairwise()
+        return -((loss * positive).mean(1) / loss.mean(1)).mean()
+
+    def plain_opauc() -> Tensor:
+        return torch.logsumexp(pairwise()[:, ~positive], 1).mean()
+
+    def info_nce() -> Tensor:
+        views = F.normalize(torch.cat([data["first"], data["second"]]), dim=-1)
+        logits = views @ views.T / 0.1
+        logits = logits.masked_fill(torch.eye(2 * batch, dtype=torch.bool), float("-inf"))
+        return F.cross_entropy(logits, torch.arange(2 * batch).roll(batch))
+
+    def clip_info_nce() -> Tensor:
+        first, second = F.normalize(data["first"], dim=-1), F.normalize(data["second"], dim=-1)
+        logits, diagonal = first @ second.T / 0.1, torch.arange(batch)
+        return F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)
+
+    return {
+        "BCE": lambda: F.binary_cross_entropy_with_logits(scores, labels),
+        "AveragePrecision, plain autograd": plain_average_precision,
+        "OPAUCSoft, plain autograd": plain_opauc,
+        "InfoNCE of 2B views": info_nce,
+        "InfoNCE between two views (CLIP)": clip_info_nce,
+    }
+
+
+def ours(batch: int) -> dict[str, Step]:
+    """The objectives of this package."""
+    from llm_xrisk import objectives as o
+
+    data = rows(batch)
+    scores, targets, index, group = (data[k] for k in ("scores", "targets", "index", "group"))
+    mixed = (torch.arange(batch) % 4 == 0).long()
+    trust = {"group": group, "kl": data["kl"], "length": data["length"]}
+    precision, partial = o.AveragePrecision(SAMPLES), o.OPAUCSoft(SAMPLES)
+    dft, disco, grpo = o.DFT2(SAMPLES), o.DisCO(), o.GRPO()
+    contrastive = o.GlobalContrastive(SAMPLES)
+    return {
+        "AveragePrecision": lambda: precision(scores, targets, index=index).loss,
+        "OPAUCSoft": lambda: partial(scores, targets, index=index).loss,
+        "DFT2": lambda: dft(scores, mixed, index=group).loss,
+        "DisCO": lambda: disco(scores, mixed, **trust).loss,
+        "GRPO": lambda: grpo(scores, mixed, **trust).loss,
+        "GlobalContrastive": lambda: contrastive(data["first"], data["second"], index=index).loss,
+    }
+
+
+def libauc(batch: int) -> dict[str, Step]:
+    """The same objectives of LibAUC; its sampler imports torchvision for a type check only."""
+    for name in ("torchvision", "torchvision.datasets", "webdataset", "transformers"):
+        try:
+            __import__(name)
+        except Exception:
+            sys.modules[name] = types.ModuleType(name)
+    from libauc.losses import APLoss, GCLoss_v1, pAUC_DRO_Loss  # pyright: ignore
+
+    data = rows(batch)
+    scores, targets, index = data["scores"], data["targets"], data["index"]
+    positives = int(targets.sum())
+    precision = APLoss(data_len=SAMPLES, gamma=0.1, device="cpu")
+    partial = pAUC_DRO_Loss(data_len=SAMPLES, gamma=0.9, Lambda=1.0, device="cpu")
+    contrastive = GCLoss_v1(N=SAMPLES, tau=0.1, distributed=False, device="cpu")
+    own = index[:positives]
+    return {
+        "LibAUC APLoss": lambda: precision(scores.sigmoid(), targets, index),
+        "LibAUC pAUC_DRO_Loss": lambda: partial(scores.sigmoid(), targets, own),
+        "LibAUC GCLoss_v1": lambda: contrastive(data["first"], data["second"], index),
+    }
+
+
+def measure(cases: dict[str, Step], rounds: int, calls: int) -> dict[str, float]:
+    """Milliseconds of a forward and backward pass of each case."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, step in cases.items():
+            for _ in range(5):
+                step().backward()
+            taken = []
+            for _ in range(calls):
+                start = time.perf_counter()
+                step().backward()
+                taken.append(time.perf_counter() - start)
+            times[name].append(1e3 * statistics.quantiles(taken, n=5)[0])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=40)
+    parser.add_argument("--libauc-python", help="interpreter of an environment with libauc")
+    parser.add_argument("--hardware", default=f"cpu-{platform.machine()}", help="names the file")
+    parser.add_argument("--only-libauc", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def libauc_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Run this file's LibAUC half in its own interpreter."""
+    counts = ["--rounds", str(args.rounds), "--calls", str(args.calls)]
+    batches = ["--batches", *map(str, args.batches)]
+    command = [args.libauc_python, __file__, "--only-libauc", *counts, *batches]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def table(batch: int, times: dict[str, float]) -> list[dict[str, object]]:
+    """Rows of a loss, its milliseconds, and the ratio to its baseline; printed on the way."""
+    result = []
+    print(f"\nB = {batch}\n{'loss':36} {'ms':>8}   ratio")
+    for name, ms in times.items():
+        contrastive = any(word in name for word in ("NCE", "Contrastive", "GCLoss"))
+        base = "InfoNCE of 2B views" if contrastive else "BCE"
+        print(f"{name:36} {ms:8.3f}   {ms / times[base]:6.2f} x {base}")
+        result.append(
+            {"batch": batch, "loss": name, "ms": ms, "ratio": ms / times[base], "to": base}
+        )
+    return result
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    if args.only_libauc:
+        times = {b: measure(libauc(b), args.rounds, args.calls) for b in args.batches}
+        print(json.dumps(times))
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    other = libauc_times(args) if args.libauc_python else {}
+    results = []
+    for batch in args.batches:
+        cases = baselines(batch) | ours(batch)
+        times = measure(cases, args.rounds, args.calls) | other.get(str(batch), {})
+        results += table(batch, times)
+    record = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "libauc": "2.0.1" if other else None,
+        "threads": 1,
+        "seed": SEED,
+        "rounds": args.rounds,
+        "calls": args.calls,
+        "positives": SHARE,
+        "measure": "median over rounds of the 20th percentile, milliseconds",
+        "results": results,
+    }
+    path = RESULTS / f"objectives-{args.hardware}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
