@@ -113,7 +113,9 @@ class DFTCollator:
             known = row.get("ref_log_likelihoods")
             if known is None and self.reference is not None:
                 known = self.reference[int(row["index"])]
-            if known is not None or not chosen:
+            # not "or not chosen": whether a pass for likelihoods is due must not differ by batch,
+            # for it is collective where parameters are sharded
+            if known is not None or self.num_negatives == 0:
                 known = known or ()
                 reference += [0.0, *(known[j] for j in chosen)]
         batch = pad_rows(

@@ -110,6 +110,15 @@ def test_no_negatives_need_no_likelihoods():
     assert batch["ref_log_likelihood"].tolist() == [0.0]
 
 
+def test_whether_likelihoods_are_known_does_not_depend_on_the_batch():
+    """Else one process would compute them, collectively under ZeRO-3, and another would not."""
+    collator = DFTCollator(pad_token_id=0, num_negatives=2)
+    for negatives in (0, 1, 3):
+        unknown = collator([row(negatives=negatives, ref_log_likelihoods=None)])
+        assert "ref_log_likelihood" not in unknown
+        assert "ref_log_likelihood" in collator([row(negatives=negatives)])
+
+
 def test_a_row_without_an_index_is_refused():
     with pytest.raises(ValueError) as caught:
         DFTCollator(pad_token_id=0, num_negatives=1)([row(index=None)])

@@ -2,9 +2,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer
 
 from llm_xrisk.trainers.callbacks import WarnOnceCallback
 from llm_xrisk.trainers.checkpoint import last_complete_checkpoint
@@ -53,6 +55,20 @@ def test_averages_weigh_as_told(disco):
     disco.record({"x": torch.tensor(1.0)}, "eval", torch.tensor(0.75))
     disco.record({"x": torch.tensor(5.0)}, "eval", torch.tensor(0.25))
     assert disco._averages("eval") == {"x": 2.0}
+
+
+def test_deepspeed_in_bfloat16_leaves_the_numbers_of_a_batch_alone(disco, monkeypatch):
+    """``Trainer`` casts every float to the model's dtype: old log-probs, lengths, coefficients."""
+    config = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(hf_ds_config=config)
+    monkeypatch.setattr(disco, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(disco.accelerator.state), "deepspeed_plugin", plugin)
+    batch = {"length": torch.tensor([257.0]), "coefficients": {"kl": torch.tensor([1 / 3])}}
+    rounded = Trainer._prepare_input(disco, batch["length"])
+    assert rounded.item() == 256  # what would happen
+    prepared = disco._prepare_inputs(batch)
+    assert prepared["length"].item() == 257
+    assert prepared["coefficients"]["kl"].dtype == torch.float32
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
