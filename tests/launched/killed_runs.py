@@ -5,6 +5,7 @@
 writes ``FOLDER/<run>`` for each run of :data:`RUNS` up to where a SIGKILL ends it.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -58,6 +59,7 @@ def kill_inside_a_checkpoint(trainer: Any) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    gc.freeze()
     for run in RUNS:
         child = os.fork()
         if child == 0:
