@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,21 @@ class RolloutBuffer:
     def __len__(self) -> int:
         return len(self.completion_ids)
 
+    def __add__(self, other: "RolloutBuffer") -> "RolloutBuffer":
+        """The rows of both, one after the other."""
+        return RolloutBuffer(**{n: getattr(self, n) + getattr(other, n) for n in _LISTS})
+
+    def pick(self, numbers: Sequence[int]) -> "RolloutBuffer":
+        """The rows of these numbers, in this order."""
+        picked: dict[str, Any] = {n: [getattr(self, n)[k] for k in numbers] for n in _LISTS}
+        return RolloutBuffer(**picked)
+
+    def signal(self, num_generations: int) -> list[bool]:
+        """Which questions have right and wrong answers, question by question."""
+        groups = range(0, len(self), num_generations)
+        right = [sum(self.targets[start : start + num_generations]) for start in groups]
+        return [0 < count < num_generations for count in right]
+
     def take(self, rows: int) -> "RolloutBuffer":
         """Remove and return the first ``rows`` rows; counts one optimizer step.
 
@@ -39,11 +55,8 @@ class RolloutBuffer:
             >>> buffer.take(1).completion_ids, buffer.completion_ids
             ([[2]], [[3]])
         """
-        lists = [f.name for f in fields(self) if f.name != "steps"]
-        taken = RolloutBuffer(
-            **{name: getattr(self, name)[:rows] for name in lists}, steps=self.steps
-        )
-        for name in lists:
+        taken = RolloutBuffer(**{n: getattr(self, n)[:rows] for n in _LISTS}, steps=self.steps)
+        for name in _LISTS:
             del getattr(self, name)[:rows]
         self.steps += 1
         return taken
@@ -70,6 +83,9 @@ class RolloutBuffer:
             group=state["group"].tolist(),
             steps=int(state["steps"]),
         )
+
+
+_LISTS = [f.name for f in fields(RolloutBuffer) if f.name != "steps"]
 
 
 def _ragged(name: str, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> dict[str, Tensor]:

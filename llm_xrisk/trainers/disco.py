@@ -258,7 +258,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             prompt_ids=batch.prompt_ids,
             completion_ids=batch.completion_ids,
             old_log_probs=batch.log_probs,  # replaced by the trainer's own
-            targets=_without_ungradable(grades.targets, count),
+            targets=grades.without_ungradable(count),
             group=[group for group in groups for _ in range(count)],
         )
 
@@ -266,7 +266,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         """Ask further questions in place of those without a signal, within the token budget."""
         count, spent = self.rollout.num_generations, 0
         while True:
-            missing = wanted - _signal(rows.targets, count).count(True)
+            missing = wanted - rows.signal(count).count(True)
             budget_left = spent < self.rollout.refill_tokens
             # every process asks as many as the one that needs most: engines may be collective
             need = torch.tensor([missing if budget_left else 0], device=self.args.device)
@@ -279,11 +279,12 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             groups = list(range(start, start + len(drawn)))[share]
             more = self._generate(drawn[share], groups)
             spent += sum(map(len, more.completion_ids))
-            rows = _concatenate(rows, more)
-        order = sorted(range(len(rows) // count), key=lambda g: not _signal(rows.targets, count)[g])
+            rows = rows + more
+        signal = rows.signal(count)
+        order = sorted(range(len(signal)), key=lambda question: not signal[question])
         kept = [g * count + j for g in order[:wanted] for j in range(count)]
         self.record({"rollout/refill_tokens": torch.tensor(float(spent))})
-        return _pick(rows, kept)
+        return rows.pick(kept)
 
     @torch.no_grad()
     def _score_old(self, rows: RolloutBuffer) -> None:
@@ -297,7 +298,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         parts: list[TokenLogProbs] = []
         with evaluation_mode(self.model_wrapped), self.compute_loss_context_manager():
             for start in range(first, len(rows), size):
-                part = _pick(rows, list(range(start, min(start + size, len(rows)))))
+                part = rows.pick(range(start, min(start + size, len(rows))))
                 batch = self._prepare_inputs(self._collate(part))
                 parts.append(self.token_log_probs(self.model_wrapped, batch, with_entropy=True))
         if not parts:
@@ -439,42 +440,6 @@ def build_objective(args: DisCOConfig, max_length: int) -> SequenceObjective:
         raise ValueError(f"objective must be DisCO, GRPO, DrGRPO or DAPO, got {args.objective!r}")
     settings = {"max_length": max_length} if args.objective == "DrGRPO" else {}
     return OBJECTIVES[args.objective](**settings)  # pyright: ignore[reportReturnType]
-
-
-def _signal(targets: list[float], count: int) -> list[bool]:
-    """Which questions have right and wrong answers."""
-    groups = [targets[k : k + count] for k in range(0, len(targets), count)]
-    return [0 < sum(group) < count for group in groups]
-
-
-def _without_ungradable(targets: list[float], count: int) -> list[float]:
-    """Take the signal from questions that cannot be graded: all their answers count as wrong."""
-    groups = [targets[k : k + count] for k in range(0, len(targets), count)]
-    return [
-        value
-        for group in groups
-        for value in ([0.0] * count if any(map(math.isnan, group)) else group)
-    ]
-
-
-def _concatenate(first: RolloutBuffer, second: RolloutBuffer) -> RolloutBuffer:
-    return RolloutBuffer(
-        first.prompt_ids + second.prompt_ids,
-        first.completion_ids + second.completion_ids,
-        first.old_log_probs + second.old_log_probs,
-        first.targets + second.targets,
-        first.group + second.group,
-    )
-
-
-def _pick(rows: RolloutBuffer, numbers: list[int]) -> RolloutBuffer:
-    return RolloutBuffer(
-        [rows.prompt_ids[n] for n in numbers],
-        [rows.completion_ids[n] for n in numbers],
-        [rows.old_log_probs[n] for n in numbers],
-        [rows.targets[n] for n in numbers],
-        [rows.group[n] for n in numbers],
-    )
 
 
 def _identity(rows: Any) -> Any:

@@ -61,6 +61,13 @@ class Grades:
     rewards: dict[str, float] = field(default_factory=dict[str, float])
     metrics: dict[str, float] = field(default_factory=dict[str, float])
 
+    def without_ungradable(self, num_generations: int) -> list[float]:
+        """Targets that are numbers: an ungradable question has wrong answers only, so no signal."""
+        starts = range(0, len(self.targets), num_generations)
+        groups = [self.targets[start : start + num_generations] for start in starts]
+        wrong = [0.0] * num_generations
+        return [v for g in groups for v in (wrong if any(map(math.isnan, g)) else g)]
+
 
 class Grader:
     """Calls reward functions with TRL's signature and turns their sum into right and wrong.
