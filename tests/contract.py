@@ -275,7 +275,9 @@ class ObjectiveContract:
             result = evaluate(objective, batch)
             assert result.loss.isfinite()
             assert all(gradient.isfinite().all() for gradient in result.gradients.values())
-            assert all(value.isfinite().all() for value in result.metrics.values())
+            # what could not be observed is NaN, which logs leave out
+            assert not any(value.isinf().any() for value in result.metrics.values())
+            assert result.metrics["objective"].isfinite()
             assert_same(state(objective), before)
 
     def test_bfloat16_rows_are_computed_and_tracked_in_float32(self) -> None:

@@ -9,6 +9,7 @@ from llm_xrisk.objectives.base import (
     Objective,
     ObjectiveOutput,
     masked_mean,
+    observed_mean,
     require_index,
     widened,
 )
@@ -91,7 +92,7 @@ class AveragePrecision(Objective):
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
-                "u/mean": masked_mean(u[:, 1], anchors),
+                "u/mean": observed_mean(u[:, 1], anchors),
                 "positives": positive.to(scores.dtype).mean(),
                 "skipped": (~positive.any()).to(scores.dtype),
             }

@@ -103,16 +103,27 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def masked_max(values: Tensor, mask: Tensor) -> Tensor:
-    """Largest of ``values`` where ``mask``, and 0 where the mask is empty.
+def observed_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` where ``mask`` and they are numbers, NaN where nothing is: for metrics.
 
     Example:
-        >>> masked_max(torch.tensor([-3.0, 5.0]), torch.tensor([True, False]))
+        >>> observed_mean(torch.tensor([1.0, 3.0]), torch.tensor([False, False]))
+        tensor(nan)
+    """
+    known = mask & ~values.isnan()
+    return torch.where(known.any(), masked_mean(values, known), float("nan"))
+
+
+def observed_max(values: Tensor, mask: Tensor) -> Tensor:
+    """Largest of ``values`` where ``mask``, NaN where the mask is empty: for metrics.
+
+    Example:
+        >>> observed_max(torch.tensor([-3.0, 5.0]), torch.tensor([True, False]))
         tensor(-3.)
     """
     lowest = values.new_full((1,), float("-inf"))
     largest = torch.cat([torch.where(mask, values, lowest), lowest]).amax()
-    return torch.where(mask.any(), largest, torch.zeros_like(largest))
+    return torch.where(mask.any(), largest, float("nan"))
 
 
 def widened(rows: Tensor) -> Tensor:

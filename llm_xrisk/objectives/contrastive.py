@@ -12,8 +12,9 @@ from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     Objective,
     ObjectiveOutput,
-    masked_max,
     masked_mean,
+    observed_max,
+    observed_mean,
     require_index,
     widened,
 )
@@ -98,9 +99,9 @@ class GlobalContrastive(Objective):
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
-                "log_u/mean": masked_mean(log_u, anchors),
-                "log_u/max": masked_max(log_u, anchors),
-                "negatives/effective_fraction": masked_mean(fraction, anchors),
+                "log_u/mean": observed_mean(log_u, anchors),
+                "log_u/max": observed_max(log_u, anchors),
+                "negatives/effective_fraction": observed_mean(fraction, anchors),
                 "similarity/positive": positive.mean(),
                 "skipped": (~anchors.any()).to(positive.dtype),
             }

@@ -8,8 +8,9 @@ from llm_xrisk.fcco.groups import group_mean, group_sum, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     ObjectiveOutput,
-    masked_max,
     masked_mean,
+    observed_max,
+    observed_mean,
     require_index,
     widened,
 )
@@ -127,13 +128,13 @@ class DFT(SequenceObjective):
             wins = weighted_mean(differences(scores, scores[rows]).lt_(0.0), negatives)
             metrics = {
                 "objective": loss.detach(),
-                "log_u/mean": masked_mean(log_u, anchors),
-                "log_u/max": masked_max(log_u, anchors),
-                "negatives/weight": masked_mean((log_g - log_u).exp(), anchors),
-                "negatives/effective_fraction": masked_mean(fraction[rows], anchors),
-                "score/gold": masked_mean(scores, gold),
-                "score/negative": masked_mean(scores, ~gold),
-                "auc": masked_mean(wins, anchors),
+                "log_u/mean": observed_mean(log_u, anchors),
+                "log_u/max": observed_max(log_u, anchors),
+                "negatives/weight": observed_mean((log_g - log_u).exp(), anchors),
+                "negatives/effective_fraction": observed_mean(fraction[rows], anchors),
+                "score/gold": observed_mean(scores, gold),
+                "score/negative": observed_mean(scores, ~gold),
+                "auc": observed_mean(wins, anchors),
             }
         return ObjectiveOutput(loss, metrics)
 

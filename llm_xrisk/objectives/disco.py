@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llm_xrisk.fcco import join
 from llm_xrisk.fcco.groups import group_sum, slots
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, widened
+from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean, widened
 from llm_xrisk.objectives.pairs import (
     differences,
     effective_fraction,
@@ -161,9 +161,9 @@ class DisCO(SequenceObjective):
                 "objective": loss.detach(),
                 "discriminative": loss.detach(),
                 "groups/valid_fraction": weight.sum() / questions.clamp(min=1),
-                "negatives/effective_fraction": masked_mean(fraction, valid),
-                "score/right": masked_mean(scores, right),
-                "score/wrong": masked_mean(scores, ~right),
+                "negatives/effective_fraction": observed_mean(fraction, valid),
+                "score/right": observed_mean(scores, right),
+                "score/wrong": observed_mean(scores, ~right),
             }
         return loss, metrics
 

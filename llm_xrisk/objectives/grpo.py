@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llm_xrisk.fcco import join
 from llm_xrisk.fcco.groups import group_sum, slots
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, widened
+from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean, widened
 from llm_xrisk.objectives.scores import clipped_ratio, k3
 from llm_xrisk.objectives.sequence import SequenceObjective, kl_statistics
 
@@ -111,8 +111,8 @@ class GRPO(SequenceObjective):
             metrics = {
                 "objective": loss.detach(),
                 "groups/valid_fraction": valid,
-                "score/right": masked_mean(scores, right),
-                "score/wrong": masked_mean(scores, ~right),
+                "score/right": observed_mean(scores, right),
+                "score/wrong": observed_mean(scores, ~right),
             }
             if kl is not None and length is not None:
                 names = "kl/k3", "kl/standard_error"

@@ -102,14 +102,16 @@ def logsumexp(exponent: Tensor) -> tuple[Tensor, Tensor]:
 def effective_fraction(share: Tensor, count: Tensor) -> Tensor:
     """Effective number of entries of each row, as a fraction of their number ``count``.
 
-    1 / (m sum_j p_j^2) for shares p of m entries: 1 is uniform, 1/m a single entry.
+    1 / (m sum_j p_j^2) for shares p of m entries: 1 is uniform, 1/m a single entry. NaN where
+    m < 2, since there is nothing to weigh.
 
     Example:
         >>> effective_fraction(torch.tensor([[1.0, 0.0]]), torch.tensor([2]))
         tensor([0.5000])
     """
     norm = cast(Tensor, torch.linalg.vector_norm(share, dim=-1))  # pyright: ignore[reportUnknownMemberType]
-    return 1 / (norm.square() * count).clamp(min=1e-12)
+    fraction = 1 / (norm.square() * count).clamp(min=1e-12)
+    return torch.where(count > 1, fraction, float("nan"))
 
 
 def with_pair_gradient(
