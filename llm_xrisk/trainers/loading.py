@@ -1,7 +1,9 @@
 """Models, adapters and tokenizers as trainers are given them."""
 
+from types import MethodType
 from typing import Any
 
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,6 +62,17 @@ def load_tokenizer(processing_class: Any, model: Any) -> Any:
 def is_peft(model: Any) -> bool:
     """Whether a model carries an adapter that can be switched off."""
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+
+
+def keep_outputs_narrow(model: Any) -> None:
+    """Undo the float32 copy that accelerate makes of a model's outputs under mixed precision.
+
+    Logits are reduced in float32 chunk by chunk; a whole copy would be their largest tensor.
+    """
+    forward = getattr(getattr(model, "forward", None), "__func__", None)
+    wide = getattr(forward, "__wrapped__", None)
+    if isinstance(wide, ConvertOutputsToFp32):
+        model.forward = MethodType(wide.model_forward, model)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ an objective is a mean over groups that no micro-batch splits.
 
 import inspect
 import math
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,14 @@ from llm_xrisk.fcco import join
 from llm_xrisk.models import TokenLogProbs, token_log_probs
 from llm_xrisk.objectives import ObjectiveOutput, SequenceObjective
 from llm_xrisk.rollout.scoring import evaluation_mode
-from llm_xrisk.trainers.callbacks import EpochCallback
+from llm_xrisk.trainers.callbacks import EpochCallback, TrainBeginCallback
 from llm_xrisk.trainers.checkpoint import (
     invalidate,
     last_complete_checkpoint,
     load_objective,
     save_objective,
 )
+from llm_xrisk.trainers.loading import keep_outputs_narrow
 
 Batch = dict[str, Any]
 _ROW_COLUMNS = ("index", "group", "length", "ref_log_likelihood")
@@ -64,13 +66,20 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         """Take the objective; call after ``Trainer.__init__``.
 
         Raises:
-            ValueError: the process would train on several GPUs by itself.
+            ValueError: the process would train on several GPUs by itself, or was launched as one
+                of several and trains alone.
         """
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"got {self.args.n_gpu} GPUs in one process (nn.DataParallel), which splits a "
                 "mini-batch behind the objective's back; start one process for each, with "
                 "accelerate launch, or show one by CUDA_VISIBLE_DEVICES"
+            )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and self.args.world_size == 1:
+            raise ValueError(
+                f"this process is one of WORLD_SIZE={launched} and would train a copy of its own; "
+                "on a CPU pass --use_cpu true (or --ddp_backend gloo with DeepSpeed)"
             )
         self.objective = objective.to(self.args.device)
         parameters = inspect.signature(type(objective).forward).parameters
@@ -81,6 +90,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         self.model_accepts_loss_kwargs = False
         self.compute_loss_func = _unused_loss
         self.add_callback(EpochCallback(self))
+        self.add_callback(TrainBeginCallback(lambda: keep_outputs_narrow(self.model)))
 
     # -- the three steps ---------------------------------------------------------------------
 

@@ -6,11 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import Trainer
 
+from llm_xrisk.models import selective_log_softmax
 from llm_xrisk.trainers.callbacks import WarnOnceCallback
 from llm_xrisk.trainers.checkpoint import last_complete_checkpoint
-from tests.trainers.build import dft_config, dft_trainer, disco_trainer, logged, losses, pairs
+from tests.trainers.build import (
+    LORA,
+    dft_config,
+    dft_trainer,
+    disco_trainer,
+    logged,
+    losses,
+    pairs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +145,26 @@ def test_warnings_come_once_after_so_many_lines_in_a_row(caplog):
     for value in (0.9, 0.9, 0.1, 0.9, None, 0.9, 0.8, 0.9, 0.9, 0.9, 0.9):
         callback.on_log(None, None, None, logs={} if value is None else {"x": value})
     assert [record.message for record in caplog.records] == ["x is 0.8: too much"]
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_logits_stay_narrow_under_mixed_precision(tmp_path, monkeypatch, adapter):
+    seen = []
+
+    def recorded(logits, *args, **kwargs):
+        seen.append((torch.is_grad_enabled(), logits.dtype))
+        return selective_log_softmax(logits, *args, **kwargs)
+
+    monkeypatch.setattr("llm_xrisk.models.logprobs.selective_log_softmax", recorded)
+    config = LoraConfig(**adapter) if adapter else None
+    trainer = dft_trainer(tmp_path, bf16=True, max_steps=1, peft_config=config)
+    trainer.train()
+    assert {dtype for graph, dtype in seen if graph} == {torch.bfloat16}
+    assert trainer.objective.inner.u.dtype == torch.float32
+
+
+def test_a_lone_process_of_several_is_refused(tmp_path, monkeypatch):
+    trainer = disco_trainer(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2 .* pass --use_cpu true"):
+        trainer.setup_objective(trainer.objective)
