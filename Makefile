@@ -49,7 +49,7 @@ quickstart: venv ## the main job: base, negatives, DFT, DisCO, table, report (CO
 
 quickstart-seeds: venv ## the main job over 5 seeds with paired intervals, written to benchmarks/results/
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python recipes/quickstart.py --seeds 5 --controls \
-		--results_file benchmarks/results/quickstart_seeds.json
+		--results_file benchmarks/results/quickstart-seeds-cpu.json
 
 test: venv ## every tier, in order; fails if one of them fails
 	@failed=; for tier in fast dist vllm; do \

@@ -54,7 +54,8 @@ def run(config: QuickstartConfig, console: Console | None = None) -> dict[str, A
             results.append(MainJob(config, seed, stages).run())
             reused += stages.reused
     if reused:
-        console.print(f"reused from {root}: {', '.join(reused)}", soft_wrap=True)
+        names = ", ".join(reused) if config.seeds == 1 else f"{len(reused)} finished stages"
+        console.print(f"reused from {root}: {names}; delete it to start anew", soft_wrap=True)
     arms = {row: [r.evaluations[row] for r in results] for row in results[0].evaluations}
     table = tabulate(arms, metrics=_COLUMNS)
     console.print(results_table(table))
@@ -89,7 +90,7 @@ def _summary(
         }
     return {
         "facts": _facts(config) | {"seconds": round(seconds, 1)},
-        "settings": vars(config),
+        "settings": {k: v for k, v in vars(config).items() if k != "output_dir"},
         "table": {
             row.name: {
                 m: [c.interval.estimate, c.interval.lower, c.interval.upper]
