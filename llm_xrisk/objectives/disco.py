@@ -47,7 +47,8 @@ class DisCO(SequenceObjective):
 
     Shapes:
         scores, targets (R,), rewards 0 or 1; group (R,) one id per question and rollout; kl
-        (R,) sum over tokens and length (R,) from :meth:`row_scores` and the mask, or None.
+        (R,) sum over tokens and length (R,) from :meth:`row_scores` and the mask, or None;
+        kl_check (R,) the other estimator's, logged beside it.
 
     State: none.
 
@@ -98,14 +99,16 @@ class DisCO(SequenceObjective):
         self.score = self._score = _SCORE_NAMES[score]
         self.tau, self.delta, self.kl_penalty = tau, delta, kl_penalty
         self.kl_estimator, self.surrogate, self.normalizer = kl_estimator, surrogate, normalizer
+        self._other = next(name for name in KL_TERMS if name != kl_estimator)
 
     def row_scores(
         self, log_probs: Tensor, mask: Tensor, old_log_probs: Tensor | None, targets: Tensor
     ) -> dict[str, Tensor]:
-        """Scores, and the sum over tokens of the KL terms."""
+        """Scores, the sums over tokens of the KL terms, and those of the other estimator."""
         return {
             "scores": SCORES[self._score](log_probs, mask, old_log_probs),
             "kl": KL_TERMS[self.kl_estimator](log_probs, mask, old_log_probs),
+            "kl_check": KL_TERMS[self._other](log_probs, mask, old_log_probs).detach(),
         }
 
     def forward(
@@ -115,12 +118,13 @@ class DisCO(SequenceObjective):
         *,
         group: Tensor,
         kl: Tensor | None = None,
+        kl_check: Tensor | None = None,
         length: Tensor | None = None,
         index: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the penalised objective of the joined rows; see the class."""
-        scores, targets, group, kl, length = join(
-            widened(scores), targets, group, kl if kl is None else widened(kl), length
+        scores, targets, group, kl, kl_check, length = join(
+            widened(scores), targets, group, kl if kl is None else widened(kl), kl_check, length
         )
         discriminative, metrics = self._discriminative(scores, targets, group)
         if kl is None or length is None:
@@ -135,6 +139,8 @@ class DisCO(SequenceObjective):
             "kl/multiplier": 2 * self.kl_penalty * excess.detach(),
             "kl/violated": (mean_kl.detach() > self.delta).to(scores.dtype),
         }
+        if kl_check is not None:
+            metrics[f"kl/{self._other}"] = kl_statistics(kl_check.detach(), length)[0]
         return ObjectiveOutput(loss, metrics)
 
     def exact(self, scores: Tensor, targets: Tensor, *, group: Tensor) -> Tensor:

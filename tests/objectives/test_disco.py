@@ -363,3 +363,20 @@ def test_rewards_other_than_zero_and_one_are_refused_and_thresholding_helps() ->
     DisCO().check(targets=binary)
     want = DisCO()(scores, torch.tensor([1.0, 1.0, 0.0]), group=group).loss
     assert torch.equal(DisCO()(scores, binary, group=group).loss, want)
+
+
+@pytest.mark.parametrize(("used", "other"), [("k1", "k3"), ("k3", "k1")])
+def test_both_kl_estimators_are_logged_and_one_is_optimised(used: str, other: str) -> None:
+    objective = DisCO(kl_estimator=used, delta=0.0)
+    old, mask = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]]), torch.ones(2, 2, dtype=torch.bool)
+    log_r = torch.tensor([[0.2, -0.1], [0.3, 0.0]])
+    rewards, group = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    rows = objective.row_scores(old + log_r, mask, old, rewards)
+    found = objective(targets=rewards, group=group, length=mask.sum(-1), **rows)
+    means = {"k1": -log_r.mean(), "k3": (torch.expm1(log_r) - log_r).mean()}
+    for name, mean in means.items():
+        torch.testing.assert_close(found.metrics[f"kl/{name}"], mean)
+    without = objective(
+        targets=rewards, group=group, length=mask.sum(-1), kl=rows["kl"], scores=rows["scores"]
+    )
+    assert found.loss == without.loss and f"kl/{other}" not in without.metrics
