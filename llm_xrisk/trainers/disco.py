@@ -73,7 +73,8 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
 
     Metrics: objective, discriminative, kl/k3 (with kl/standard_error), kl/k1, kl/multiplier,
     kl/violated, groups/valid_fraction, negatives/effective_fraction, reward, entropy,
-    completions/mean_length, completions/clipped_ratio, sampling/log_prob_difference (engine against trainer).
+    completions/mean_length, completions/clipped_ratio, sampling/log_prob_difference (engine
+    against trainer).
     """
 
     _tag_names = ("llm-xrisk", "disco")
