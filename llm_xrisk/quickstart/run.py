@@ -37,6 +37,7 @@ def run(config: QuickstartConfig, console: Console | None = None) -> dict[str, A
         The summary that is written beside the report: table, comparisons, AUCs, facts.
     """
     console = console or Console()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # not used here; unset, it warns of no GPU
     transformers.utils.logging.set_verbosity_error()  # pyright: ignore[reportAttributeAccessIssue]
     transformers.utils.logging.disable_progress_bar()  # pyright: ignore[reportAttributeAccessIssue]
     root, start = Path(config.output_dir), time.perf_counter()
