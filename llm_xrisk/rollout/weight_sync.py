@@ -35,7 +35,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
 
 
 def gather_zero3(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

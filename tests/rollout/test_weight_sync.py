@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from llm_xrisk.rollout import TransformersEngine
+from llm_xrisk.rollout import SamplingConfig, TransformersEngine
 from llm_xrisk.rollout.scoring import sequence_log_probs
 from llm_xrisk.rollout.weight_sync import (
     check_sync,
@@ -150,3 +150,19 @@ def test_the_check_passes_on_equal_weights_and_names_the_difference_on_others(ti
 
 def test_a_nan_never_passes_the_check():
     assert largest_difference([[0.0, float("nan")]], [[0.0, 0.0]]) == float("inf")
+
+
+def test_an_adapter_loaded_from_its_directory_generates_as_the_one_saved(tiny_model, tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    saved = with_adapter(type(base).from_pretrained(tmp_path / "base"))
+    saved.save_pretrained(tmp_path / "adapter")
+    loaded = type(base).from_pretrained(tmp_path / "adapter")  # transformers' own way of adapters
+    assert hasattr(loaded, "peft_config") and not hasattr(loaded, "get_base_model")
+    batches = [
+        TransformersEngine(model).generate(
+            [[5, 6, 7]], SamplingConfig(max_new_tokens=8), sample_ids=[0], num_generations=4
+        )
+        for model in (saved, loaded)
+    ]
+    assert batches[0].completion_ids == batches[1].completion_ids
