@@ -34,7 +34,13 @@ def prepare_dft_dataset(
             whole data set, likelihoods that do not match the negatives, or token rows longer than
             ``max_length``.
         IndexError: index values other than 0..n-1, each once.
+        TypeError: the rows cannot be counted, as those of a stream.
     """
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"got a {type(dataset).__name__}, which has no length; DFT keeps a value for each "
+            "row: load the data without streaming"
+        )
     if len(dataset) == 0:
         raise ValueError("the data set has no rows; DFT needs prompts with gold answers")
     _check_columns(dataset[0])
@@ -58,7 +64,8 @@ def _check_columns(row: Mapping[str, Any]) -> None:
     if "prompt_ids" not in row and "prompt" not in row:
         raise ValueError(
             f"the data set has columns {sorted(row)} and no prompt; give `prompt`, `completion` "
-            "and `negatives` (text or messages), or a pool's token ids"
+            "and `negatives` (text or messages), or a pool's token ids; "
+            "dataset.map(trl.extract_prompt) takes it out of `chosen` and `rejected`"
         )
 
 

@@ -21,7 +21,7 @@ from llm_xrisk.objectives.dft import DFT
 from llm_xrisk.rollout.engine import RolloutEngine, SamplingConfig, make_engine
 from llm_xrisk.rollout.scoring import evaluation_mode
 from llm_xrisk.rollout.weight_sync import unwrap_model
-from llm_xrisk.trainers.callbacks import TrainBeginCallback, inert_weights
+from llm_xrisk.trainers.callbacks import inert_weights
 from llm_xrisk.trainers.config import DFTConfig, require_config
 from llm_xrisk.trainers.loading import disable_dropout, is_peft, load_model, load_tokenizer
 from llm_xrisk.trainers.mixin import Batch, ScoreWeighBackprop
@@ -71,6 +71,8 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
     """
 
     _tag_names = ("llm-xrisk", "discriminative-fine-tuning")
+    _method = "discriminative fine-tuning, objective {objective}"
+    _source = "[arXiv 2502.18679](https://arxiv.org/abs/2502.18679)"
     mean_over_groups = True
     args: DFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     objective: DFT
@@ -121,7 +123,6 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
         self.setup_objective(self._build_objective(args, len(train_dataset or [0])))
         self._engine, self._synced = engine, -1
         self.sampling = sampling or SamplingConfig(max_new_tokens=256, temperature=1.0)
-        self.add_callback(TrainBeginCallback(self.cache_reference))
         if args.num_negatives > 1:  # a single negative has all the weight
             self.add_callback(inert_weights(args.inert_threshold))
 
@@ -226,6 +227,11 @@ class DFTTrainer(ScoreWeighBackprop, Trainer):
             self.data_collator = training
 
     # -- reference likelihoods -----------------------------------------------------------------
+
+    def before_first_step(self) -> None:
+        """Get the reference likelihoods while the model is still the reference."""
+        super().before_first_step()
+        self.cache_reference()
 
     def cache_reference(self) -> None:
         """Get log pi_ref of every negative, where nothing else knows it.

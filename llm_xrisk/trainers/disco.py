@@ -78,6 +78,8 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
     """
 
     _tag_names = ("llm-xrisk", "disco")
+    _method = "reinforcement learning with verifiable rewards, objective {objective}"
+    _source = "DisCO: Li et al., NeurIPS 2025"
     args: DisCOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     train_dataset: Any
     eval_dataset: Any
@@ -116,11 +118,13 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         )
         self.setup_objective(build_objective(args, self.rollout.max_new_tokens))
         self.temperature = self.rollout.temperature
-        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        several = isinstance(reward_funcs, list | tuple)
+        functions: Any = list(reward_funcs) if several else [reward_funcs]
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         self.grade = Grader(functions, reward_weights, args.reward_threshold, decode)
-        for dataset in (train_dataset, eval_dataset):
-            if dataset is not None and not isinstance(dataset, dict):
+        parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in (train_dataset, *parts):
+            if dataset is not None:
                 self.grade.check(dataset)
         self._check_layout()
         self._engine, self._buffer = engine, RolloutBuffer()
@@ -346,8 +350,15 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
     ) -> dict[str, float]:
         """Mean reward and length of ``num_generations`` answers to each evaluation question."""
         data: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
         if data is None:
             raise ValueError("got no eval_dataset; evaluate(dataset) needs questions to ask")
+        if isinstance(data, dict):
+            found = [
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, part in data.items()
+            ]
+            return {name: value for part in found for name, value in part.items()}
         world, rank = self.args.world_size, self.args.process_index
         share = -(-len(data) // world)
         # the last process may ask a question twice, so that all generate together

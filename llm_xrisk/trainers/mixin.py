@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +28,16 @@ from llm_xrisk.fcco import join
 from llm_xrisk.models import TokenLogProbs, token_log_probs
 from llm_xrisk.objectives import ObjectiveOutput, SequenceObjective
 from llm_xrisk.rollout.scoring import evaluation_mode
+from llm_xrisk.rollout.weight_sync import unwrap_model
 from llm_xrisk.trainers.callbacks import EpochCallback, TrainBeginCallback
+from llm_xrisk.trainers.card import model_card, own_settings, write_card
 from llm_xrisk.trainers.checkpoint import (
     invalidate,
     last_complete_checkpoint,
     load_objective,
     save_objective,
 )
-from llm_xrisk.trainers.loading import keep_outputs_narrow
+from llm_xrisk.trainers.loading import is_peft, keep_outputs_narrow
 
 Batch = dict[str, Any]
 _ROW_COLUMNS = ("index", "group", "length", "ref_log_likelihood")
@@ -58,6 +61,9 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     model_wrapped: Any  # transformers types it as optional
     temperature: float = 1.0
     mean_over_groups: bool = False
+    _method: str  # for the model card
+    _source: str
+    _tag_names: tuple[str, ...] = ()
 
     # losses are those of the whole mini-batch: nothing divides them by the accumulation steps
     loss_is_scaled_for_ga = True
@@ -90,7 +96,11 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         self.model_accepts_loss_kwargs = False
         self.compute_loss_func = _unused_loss
         self.add_callback(EpochCallback(self))
-        self.add_callback(TrainBeginCallback(lambda: keep_outputs_narrow(self.model)))
+        self.add_callback(TrainBeginCallback(self.before_first_step))
+
+    def before_first_step(self) -> None:
+        """Runs once the model is wrapped."""
+        keep_outputs_narrow(self.model)
 
     # -- the three steps ---------------------------------------------------------------------
 
@@ -250,9 +260,65 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train; ``resume_from_checkpoint=True`` takes the last checkpoint written in full."""
+        if self.train_dataset is None:
+            raise ValueError("got no train_dataset; pass one when the trainer is built")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, where it is the run's result, its card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            write_card(output_dir or self.args.output_dir or ".", self._card())
+
+    def create_model_card(
+        self,
+        language: Any = None,
+        license: Any = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: Any = None,
+        dataset_tags: Any = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: Any = None,
+    ) -> None:
+        """Write ``README.md``: method, settings, versions; one written by hand is left alone.
+
+        Args:
+            language: For the card's head.
+            license: For the card's head.
+            tags: Beside those of the trainer.
+            model_name: By default the name of ``output_dir``.
+            finetuned_from: By default the model the trainer was given.
+            tasks: Not shown.
+            dataset_tags: Not shown.
+            dataset: Names of data sets on the hub.
+            dataset_args: Not shown.
+        """
+        if not self.is_world_process_zero():
+            return
+        more = [tags] if isinstance(tags, str) else list(tags or [])
+        head = {"language": language, "license": license, "datasets": dataset}
+        write_card(
+            self.args.output_dir or ".", self._card(model_name, finetuned_from, more, **head)
+        )
+
+    def _card(
+        self, name: str | None = None, base: str | None = None, tags: Any = (), **head: Any
+    ) -> str:
+        model: Any = unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
+        configs = [c for c in (self.args, getattr(self, "rollout", None)) if c is not None]
+        library = {"library_name": "peft" if is_peft(model) else "transformers"}
+        return model_card(
+            name or Path(self.args.output_dir or "model").resolve().name,
+            method=self._method.format(objective=type(self.objective).__name__),
+            source=self._source,
+            base=base or getattr(model.config, "_name_or_path", ""),
+            settings=own_settings(*configs),
+            metadata=library | {"tags": [*self._tag_names, *tags]} | head,
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, which is none before its last file, the trainer's state, is there."""

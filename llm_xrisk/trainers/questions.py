@@ -92,6 +92,13 @@ class Grader:
     ) -> None:
         if not functions:
             raise ValueError("reward_funcs is empty; pass at least one verifier")
+        for function in functions:
+            if not callable(function):
+                raise ValueError(
+                    f"got {function!r} among reward_funcs, needs functions f(prompts, completions, "
+                    "**columns) -> list[float | None]; wrap a reward model in one, and set "
+                    "reward_threshold to say from which score on an answer is right"
+                )
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"got {len(weights)} reward_weights for {len(functions)} reward_funcs")
         self.functions = list(functions)
@@ -102,9 +109,21 @@ class Grader:
         """Look for the columns that the functions ask for, before anything is generated.
 
         Raises:
-            ValueError: a function asks for a column that the data set lacks.
+            ValueError: there are no rows with a prompt, or a function asks for a column that the
+                data set lacks.
+            TypeError: the rows cannot be counted, as those of a stream.
         """
-        columns = {"prompt", *(dataset[0] if len(dataset) else ())}
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"got a {type(dataset).__name__}, which has no length; questions are drawn by "
+                "their number: load the data without streaming"
+            )
+        columns = set(dataset[0]) if len(dataset) else set[str]()
+        if "prompt" not in columns:
+            raise ValueError(
+                f"got {len(dataset)} questions with the columns {sorted(columns)}, needs `prompt` "
+                '(text or messages): dataset.rename_column("question", "prompt") renames one'
+            )
         for function in self.functions:
             asked = {
                 parameter.name

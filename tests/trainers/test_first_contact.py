@@ -1,0 +1,78 @@
+"""What people try first, and what it tells them."""
+
+import pytest
+from datasets import Dataset
+
+from llm_xrisk.data import with_index
+from llm_xrisk.trainers import DisCOTrainer, RolloutConfig
+from tests.trainers.build import (
+    dft_trainer,
+    disco_config,
+    disco_trainer,
+    even_code,
+    logged,
+    pairs,
+    questions,
+    tiny_model,
+    tokenizer,
+)
+
+
+def test_each_of_several_evaluation_sets_is_evaluated(tmp_path):
+    parts = {"first": questions(4), "second": questions(2)}
+    trainer = disco_trainer(
+        tmp_path, eval_dataset=parts, max_steps=1, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    for name in parts:
+        assert len(logged(trainer, f"eval_{name}_reward")) == 1
+    assert {"eval_first_reward", "eval_second_mean_length"} <= set(trainer.evaluate())
+
+
+def test_nothing_is_said_about_callbacks(tmp_path, caplog):
+    dft_trainer(tmp_path)
+    disco_trainer(tmp_path)
+    assert "callbacks" not in caplog.text
+
+
+@pytest.mark.parametrize("functions", ["a/reward-model", ["a/reward-model"]])
+def test_a_reward_model_in_place_of_a_function(tmp_path, functions):
+    with pytest.raises(ValueError, match=r"got 'a/reward-model' among .* wrap a reward model"):
+        disco_trainer(tmp_path, reward=functions)
+
+
+def test_questions_without_a_prompt(tmp_path):
+    rows = [{"question": "1+1=", "answer": "2"}]
+    with pytest.raises(ValueError, match=r"columns \['answer', 'question'\], needs `prompt`"):
+        disco_trainer(tmp_path, rows=rows)
+
+
+def test_a_stream_of_rows(tmp_path):
+    with pytest.raises(TypeError, match="got a IterableDataset, which has no length"):
+        disco_trainer(tmp_path, rows=Dataset.from_list(questions()).to_iterable_dataset())
+    with pytest.raises(TypeError, match="got a IterableDataset, which has no length"):
+        dft_trainer(tmp_path, rows=Dataset.from_list(pairs()).to_iterable_dataset())
+
+
+def test_preference_rows_with_the_prompt_inside_the_answers(tmp_path):
+    from trl import extract_prompt
+
+    rows = [{"chosen": f"{k}+1={k + 1}", "rejected": f"{k}+1=77"} for k in range(8)]
+    data = with_index(Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"no prompt; .*dataset.map\(trl.extract_prompt\)"):
+        dft_trainer(tmp_path, rows=data)
+    trainer = dft_trainer(tmp_path, rows=data.map(extract_prompt), num_negatives=1, max_steps=1)
+    trainer.train()
+    assert tokenizer().decode(trainer.train_dataset[3]["prompt_ids"]) == "3+1="
+
+
+def test_training_without_data(tmp_path):
+    trainer = DisCOTrainer(
+        tiny_model(),
+        disco_config(tmp_path),
+        reward_funcs=even_code,
+        processing_class=tokenizer(),
+        rollout=RolloutConfig(num_generations=4),
+    )
+    with pytest.raises(ValueError, match="got no train_dataset"):
+        trainer.train()
