@@ -70,8 +70,15 @@ def model_fingerprint(
         16 hexadecimal digits.
 
     Raises:
-        ValueError: a parameter is empty, as the partitioned ones of ZeRO-3 are.
+        ValueError: a parameter is empty, as the partitioned ones of ZeRO-3 are, or the model came
+            with its adapter from the adapter's directory: base and policy cannot be told apart.
     """
+    if hasattr(model, "peft_config") and not hasattr(model, "get_base_model"):
+        raise ValueError(
+            "got a model loaded from an adapter's directory, needs a model whose weights are the "
+            "policy's: save peft.AutoPeftModelForCausalLM.from_pretrained(directory)"
+            ".merge_and_unload() and use that"
+        )
     prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     if hasattr(model, "peft_config"):
         model = model.get_base_model()  # type: ignore[operator]

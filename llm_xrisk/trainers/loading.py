@@ -19,12 +19,18 @@ def load_model(model: str | nn.Module, init_kwargs: Any, peft_config: Any) -> An
         peft_config: An adapter's configuration, or None.
 
     Raises:
-        ValueError: ``init_kwargs`` with a model that is loaded already, or an adapter on top of
-            one.
+        ValueError: ``init_kwargs`` with a model that is loaded already, an adapter on top of one,
+            or the name of an adapter, whose weights would be frozen.
         ImportError: peft is needed and missing.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **(init_kwargs or {}))
+        name, model = model, AutoModelForCausalLM.from_pretrained(model, **(init_kwargs or {}))
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                f"got {name!r}, which is an adapter; to train it further pass the model "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True), to build "
+                "on it save that model's merge_and_unload() and pass its name"
+            )
     elif init_kwargs:
         raise ValueError(
             f"got model_init_kwargs={init_kwargs} and a model that is loaded already; pass the "

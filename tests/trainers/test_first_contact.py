@@ -2,10 +2,14 @@
 
 import pytest
 from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import Qwen3ForCausalLM
 
 from llm_xrisk.data import with_index
+from llm_xrisk.data.fingerprint import model_fingerprint
 from llm_xrisk.trainers import DisCOTrainer, RolloutConfig
 from tests.trainers.build import (
+    LORA,
     dft_trainer,
     disco_config,
     disco_trainer,
@@ -76,3 +80,17 @@ def test_training_without_data(tmp_path):
     )
     with pytest.raises(ValueError, match="got no train_dataset"):
         trainer.train()
+
+
+def test_an_adapter_by_its_name_is_refused_for_training_and_as_a_reference(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is an adapter; to train it further .*is_trainable=True"):
+        dft_trainer(tmp_path, model=str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=r"from an adapter's directory, .*merge_and_unload"):
+        model_fingerprint(Qwen3ForCausalLM.from_pretrained(tmp_path / "adapter"))
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    trainer = dft_trainer(tmp_path, model=again, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "grad_norm")[0] > 0
