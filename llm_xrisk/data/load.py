@@ -34,12 +34,13 @@ def load_rows(
 
     Raises:
         ValueError: a pool made with another tokenizer or model, or a split that does not exist.
+        FileNotFoundError: nothing of that name, here or on the hub.
 
     Example:
         >>> load_rows("gsm8k_steps", "test", limit=2)["index"][:]
         [0, 1]
     """
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
     path = Path(name)
     if name == EMBEDDED:
@@ -53,10 +54,24 @@ def load_rows(
             path, tokenizer=tokenizer, reference_model_fingerprint=reference_model_fingerprint
         )
         rows = pool.to_dataset()
-    elif path.suffix in _FORMATS:
-        rows = load_dataset(_FORMATS[path.suffix], data_files=name, split="train")
     else:
-        rows = load_dataset(name, split=split)
+        rows = _load_dataset(name, split)
     if limit:
         rows = rows.select(range(min(limit, len(rows))))
     return rows if "index" in rows.column_names else with_index(rows)
+
+
+def _load_dataset(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    kind = _FORMATS.get(Path(name).suffix)
+    try:
+        if kind is not None:
+            return load_dataset(kind, data_files=name, split="train")
+        return load_dataset(name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"got the data set {name!r} and found none ({error}); need {EMBEDDED}, the directory "
+            f"of a finished pool (llm-xrisk pool makes one), a {', '.join(_FORMATS)} file, or a "
+            "data set of the hub"
+        ) from error

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from llm_xrisk.data.columns import require_columns
 from llm_xrisk.data.pool_writer import replace_file
 from llm_xrisk.data.tokenize import Text, as_completion, encode_prompt
 from llm_xrisk.evaluation.bootstrap import Bootstrap, Interval, Values
@@ -229,6 +230,7 @@ def evaluate(
             nothing could be graded.
     """
     rows, ids = _check_rows(rows), _sample_ids(rows)
+    require_columns(reward_fn, rows[0])
     if not ks or not 1 <= min(ks) <= max(ks) <= num_generations:
         raise ValueError(
             f"got ks={list(ks)} with num_generations={num_generations}; pass@k needs "

@@ -9,12 +9,9 @@ from typing import Any
 
 import torch
 
-RewardFunction = Callable[..., Any]
+from llm_xrisk.data.columns import GIVEN, require_columns
 
-_GIVEN = {
-    *("prompts", "completions", "completion_ids", "finish_reasons"),
-    *("trainer_state", "log_metric", "log_extra"),
-}
+RewardFunction = Callable[..., Any]
 
 
 class QuestionStream:
@@ -125,19 +122,7 @@ class Grader:
                 '(text or messages): dataset.rename_column("question", "prompt") renames one'
             )
         for function in self.functions:
-            asked = {
-                parameter.name
-                for parameter in inspect.signature(function).parameters.values()
-                if parameter.default is parameter.empty
-                and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            }
-            missing = sorted(asked - _GIVEN - columns)
-            if missing:
-                raise ValueError(
-                    f"{_name(function)} asks for {missing} and the data set has the columns "
-                    f"{sorted(columns)}; give every question its gold answer in such a column, or "
-                    "use a reward function that needs none"
-                )
+            require_columns(function, columns)
 
     def __call__(
         self,
@@ -155,7 +140,7 @@ class Grader:
         texts: list[Any] = [self.decode(ids) for ids in completion_ids]
         if isinstance(prompts[0], list):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        own = {"prompt", *_GIVEN}
+        own = {"prompt", *GIVEN}
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in own}
         grades = Grades([])
         totals = [0.0] * len(rows)
