@@ -205,7 +205,15 @@ def _launch_options_of_file(arguments: Sequence[str]) -> dict[str, str]:
         return {}
     import yaml
 
-    content = yaml.safe_load(Path(path).read_text()) or {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"got --config {path}, which is no file in {Path.cwd()}; need a YAML file of "
+            "`setting: value` lines, as in recipes/"
+        )
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"got {path}, which is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"got {type(content).__name__} in {path}; need `setting: value` lines")
     return {name: str(content[name]) for name in LAUNCH_OPTIONS if name in content}

@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
 from trl import TrlParser
 
 from llm_xrisk.cli import LAUNCH_OPTIONS, PROGRAM_NAME
@@ -56,15 +58,26 @@ class RecipeParser(TrlParser):
         Returns:
             One instance per dataclass.
         """
-        *parsed, unknown = super().parse_args_and_config(args, return_remaining_strings=True)
+        try:
+            *parsed, unknown = super().parse_args_and_config(args, return_remaining_strings=True)
+        except (OSError, ValueError, yaml.YAMLError) as error:  # the file, or a setting's range
+            self.error(str(error))
         if unknown:
-            self.error(f"got {' '.join(unknown)}; need settings that --help lists")
+            self.error(
+                f"got {' '.join(unknown)}; need settings that --help lists{self._hint(unknown)}"
+            )
         return tuple(parsed)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """Take defaults from a YAML file's content, apart from what concerns the launch."""
         settings = {name: value for name, value in kwargs.items() if name not in LAUNCH_OPTIONS}
         return super().set_defaults_with_config(**settings)
+
+    def _hint(self, unknown: list[str]) -> str:
+        names = [option for action in self._actions for option in action.option_strings]
+        written = next((text.partition("=")[0] for text in unknown if text.startswith("--")), "")
+        found = difflib.get_close_matches(written, names, n=1)
+        return f": did you mean {found[0]}?" if found else ""
 
     def _group_by_owner(self, types: list[type]) -> None:
         owners = {

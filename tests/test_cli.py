@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from llm_xrisk import cli
 from llm_xrisk.cli_help import RecipeParser
+from llm_xrisk.trainers import DFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = '''
@@ -118,6 +119,42 @@ def test_a_config_file_that_is_a_list_is_refused(tmp_path):
         cli.split_arguments(["--config", str(config)])
 
 
+def test_a_missing_config_file_is_named_without_a_traceback(installed, tmp_path, capsys):
+    result = llm_xrisk(installed, "dft", "--config", "nope.yaml")
+    assert result.returncode == 2
+    assert "got --config nope.yaml, which is no file" in result.stderr
+    assert "Traceback" not in result.stderr
+    with pytest.raises(SystemExit):  # the recipe by itself
+        RecipeParser(Method).parse_args_and_config(["--config", str(tmp_path / "nope.yaml")])
+    assert "nope.yaml" in capsys.readouterr().err
+
+
+def test_a_broken_config_file_is_named_without_a_traceback(installed, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("gamma: [1\n")
+    result = llm_xrisk(installed, "dft", "--config", str(config))
+    assert result.returncode == 2
+    assert "run.yaml, which is no YAML" in result.stderr and "line 1" in result.stderr
+    assert "Traceback" not in result.stderr
+    with pytest.raises(SystemExit):
+        RecipeParser(Method).parse_args_and_config(["--config", str(config)])
+    assert "line 1" in capsys.readouterr().err
+
+
+def test_a_setting_out_of_range_is_told_without_a_traceback(tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path), "--objective", "DTF"]
+    with pytest.raises(SystemExit):
+        RecipeParser(DFTConfig).parse_args_and_config(arguments)
+    assert "error: objective must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("a/b", "a/b")])
+def test_resuming_from_the_last_checkpoint_is_a_word_on_the_command_line(tmp_path, text, value):
+    arguments = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", text, "--use_cpu"]
+    (args,) = RecipeParser(DFTConfig).parse_args_and_config(arguments)
+    assert args.resume_from_checkpoint == value
+
+
 def test_no_launch_option_hides_a_training_argument():
     """Launch options are taken away from the recipe, so they must not be its own."""
     assert not set(cli.LAUNCH_OPTIONS) & set(TrainingArguments.__dataclass_fields__)
@@ -207,7 +244,8 @@ def test_settings_nobody_declares_are_refused(tmp_path, capsys):
     config.write_text(f"output_dir: {tmp_path}\ngama: 0.9\n")
     with pytest.raises(SystemExit):
         RecipeParser(Method).parse_args_and_config(["--config", str(config)])
-    assert "got --gama 0.9; need settings that --help lists" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "got --gama 0.9; need settings that --help lists: did you mean --gamma?" in error
 
 
 def test_launch_options_in_the_file_do_not_disturb_the_recipe(tmp_path):

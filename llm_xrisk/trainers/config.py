@@ -59,6 +59,9 @@ class ScoreConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set dropout to 0: scores are taken without it."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint, or true: the last complete one."}
+    )
     loss_type: str | None = field(
         default=None, metadata={"help": "Not used; refused, because TRL means something else."}
     )
@@ -71,6 +74,10 @@ class ScoreConfig(TrainingArguments):
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = bool(gpu and torch.cuda.is_bf16_supported() and not self.fp16)
+        words = {"true": True, "false": False}  # as a command line gives them
+        self.resume_from_checkpoint = words.get(  # pyright: ignore[reportAttributeAccessIssue]
+            str(self.resume_from_checkpoint).lower(), self.resume_from_checkpoint
+        )
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # it would only warn
         super().__post_init__()

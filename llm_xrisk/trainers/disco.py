@@ -103,6 +103,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
         args = args or DisCOConfig(output_dir="disco-output")
         require_config(args, DisCOConfig)
         self.rollout = rollout or RolloutConfig()
+        objective = build_objective(args, self.rollout.max_new_tokens)  # before a large model
         policy = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, policy)
         if args.disable_dropout:
@@ -116,7 +117,7 @@ class DisCOTrainer(ScoreWeighBackprop, Trainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        self.setup_objective(build_objective(args, self.rollout.max_new_tokens))
+        self.setup_objective(objective)
         self.temperature = self.rollout.temperature
         several = isinstance(reward_funcs, list | tuple)
         functions: Any = list(reward_funcs) if several else [reward_funcs]
