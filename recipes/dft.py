@@ -36,14 +36,18 @@ class ScriptArguments:
         dataset_name: A pool (llm-xrisk pool), a file or a data set with prompt, completion and
             negatives, or prompt, chosen and rejected.
         dataset_split: Split for training.
-        eval_dataset_name: The same for evaluation.
+        eval_dataset_name: The same for evaluation, which happens with --eval_strategy steps.
+        eval_dataset_split: Split for evaluation.
         limit: Use the first so many rows.
         fresh_max_new_tokens: Longest fresh negative (with --refresh_negatives).
     """
 
     dataset_name: str = field(metadata={"help": "A pool, a file, or a data set's name."})
     dataset_split: str = field(default="train", metadata={"help": "Split for training."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "For evaluation."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "For evaluation; set --eval_strategy too."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split for evaluation."})
     limit: int = field(default=0, metadata={"help": "Use the first so many rows; 0 is all."})
     fresh_max_new_tokens: int = field(default=256, metadata={"help": "Longest fresh negative."})
 
@@ -62,7 +66,7 @@ def main(script_args: ScriptArguments, args: DFTConfig, model_args: ModelConfig)
         limit=script_args.limit,
     )
     evaluation = script_args.eval_dataset_name and load_rows(
-        script_args.eval_dataset_name, "test", tokenizer=tokenizer
+        script_args.eval_dataset_name, script_args.eval_dataset_split, tokenizer=tokenizer
     )
     trainer = DFTTrainer(
         model,

@@ -5,9 +5,10 @@ r"""Discriminative constrained optimization (DisCO, 6.83-6.85): RL with verifiab
         --config recipes/disco.yaml --model_name_or_path MODEL --dataset_name QUESTIONS.jsonl \
         --rollout vllm --learning_rate 2e-6 --delta 1e-4 --max_new_tokens 8192
 
-Questions need `prompt` and `answer` columns. `--objective GRPO`, `DrGRPO` or `DAPO` runs the
-comparison methods on the same rollouts. The YAML's small batches and larger steps are for the
-embedded model; the second command has the authors' settings for a 1.5B model (with tau 10, 128
+Questions need `prompt` and `answer` columns. The verifier wants a bare number as the answer; for
+other answers name your own: `--reward_funcs mine.grade`. `--objective GRPO`, `DrGRPO` or `DAPO`
+runs the comparison methods on the same rollouts. The YAML's small batches and larger steps are for
+the embedded model; the second command has the authors' settings for a 1.5B model (with tau 10, 128
 questions x 8 answers and 4 updates a rollout).
 
 Expect, on the embedded model: sampled pass@1 on held-out steps rises by more than 5 points in 60
@@ -24,7 +25,7 @@ from llm_xrisk.cli_help import RecipeParser
 from llm_xrisk.data.gsm8k_steps import tiny_model_path
 from llm_xrisk.data.load import load_rows
 from llm_xrisk.trainers import DisCOConfig, DisCOTrainer, RolloutConfig
-from reward import arithmetic_reward
+from reward.by_name import reward_function
 
 
 @dataclass
@@ -34,14 +35,24 @@ class ScriptArguments:
     Args:
         dataset_name: A file or a data set with `prompt` and `answer`.
         dataset_split: Split for training.
-        eval_dataset_name: The same for evaluation.
+        eval_dataset_name: The same for evaluation, which happens with --eval_strategy steps.
+        eval_dataset_split: Split for evaluation.
         limit: Use the first so many rows.
+        reward_funcs: Verifiers by their dotted names, separated by commas; mine.grade is grade()
+            of mine.py in the working directory.
     """
 
     dataset_name: str = field(default="gsm8k_steps", metadata={"help": "A file or a name."})
     dataset_split: str = field(default="train", metadata={"help": "Split for training."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "For evaluation."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "For evaluation; set --eval_strategy too."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split for evaluation."})
     limit: int = field(default=0, metadata={"help": "Use the first so many rows; 0 is all."})
+    reward_funcs: str = field(
+        default="reward.arithmetic_reward",
+        metadata={"help": "module.function, several with commas between them."},
+    )
 
 
 def main(
@@ -50,11 +61,13 @@ def main(
     """Train and save."""
     model = model_args.model_name_or_path or tiny_model_path()
     train = load_rows(script_args.dataset_name, script_args.dataset_split, limit=script_args.limit)
-    evaluation = script_args.eval_dataset_name and load_rows(script_args.eval_dataset_name, "test")
+    evaluation = script_args.eval_dataset_name and load_rows(
+        script_args.eval_dataset_name, script_args.eval_dataset_split
+    )
     trainer = DisCOTrainer(
         model,
         args,
-        reward_funcs=arithmetic_reward,
+        reward_funcs=[reward_function(name) for name in script_args.reward_funcs.split(",")],
         train_dataset=train,
         eval_dataset=evaluation or None,
         processing_class=AutoTokenizer.from_pretrained(model),

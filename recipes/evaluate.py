@@ -4,11 +4,13 @@ r"""Evaluate a policy: pass@1 by sampling, greedy, pass@k, with 95 % intervals.
     llm-xrisk evaluate --model_name_or_path MODEL --dataset_name QUESTIONS.jsonl --rollout vllm \
         --num_generations 16 --max_new_tokens 8192 --results_file eval.json
 
-Questions need `prompt` and `answer` columns.
+Questions need `prompt` and `answer` columns. The verifier wants a bare number as the answer; for
+other answers name your own: `--reward_func mine.grade`.
 
 Expect, for the embedded base on all 1,434 held-out steps: greedy 42 %, sampled pass@1 18 %.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -21,7 +23,7 @@ from llm_xrisk.evaluation.pass_at_k import evaluate
 from llm_xrisk.evaluation.results import results_table, tabulate
 from llm_xrisk.quickstart.stages import stage_progress
 from llm_xrisk.rollout.engine import SamplingConfig, make_engine
-from reward import arithmetic_reward
+from reward.by_name import reward_function
 
 
 @dataclass
@@ -35,6 +37,7 @@ class ScriptArguments:
         limit: Use the first so many questions.
         num_generations: Sampled answers per question.
         ks: k of pass@k, separated by commas.
+        reward_func: Verifier by its dotted name, as in llm-xrisk disco.
         rollout: Engine.
         results_file: Where counts per question go, for later comparisons.
     """
@@ -45,12 +48,21 @@ class ScriptArguments:
     limit: int = field(default=0, metadata={"help": "The first so many questions; 0 is all."})
     num_generations: int = field(default=16, metadata={"help": "Sampled answers per question."})
     ks: str = field(default="1,8", metadata={"help": "k of pass@k, separated by commas."})
+    reward_func: str = field(
+        default="reward.arithmetic_reward", metadata={"help": "module.function of the verifier."}
+    )
     rollout: str = field(default="transformers", metadata={"help": "transformers or vllm."})
     results_file: str | None = field(default=None, metadata={"help": "JSON with the counts."})
 
 
 def main(script_args: ScriptArguments, sampling: SamplingConfig) -> None:
     """Evaluate, print the table, keep the counts."""
+    if not re.fullmatch(r"\d+(,\d+)*", script_args.ks):
+        raise ValueError(f"got ks={script_args.ks!r}, need numbers and commas, as in 1,8")
+    ks, grade = (
+        [int(k) for k in script_args.ks.split(",")],
+        reward_function(script_args.reward_func),
+    )
     path = script_args.model_name_or_path or tiny_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     policy = path if script_args.rollout == "vllm" else AutoModelForCausalLM.from_pretrained(path)
@@ -64,10 +76,10 @@ def main(script_args: ScriptArguments, sampling: SamplingConfig) -> None:
             engine,
             rows,
             tokenizer,
-            arithmetic_reward,
+            grade,
             sampling=sampling,
             num_generations=script_args.num_generations,
-            ks=[int(k) for k in script_args.ks.split(",")],
+            ks=ks,
             name=path.rstrip("/").rsplit("/", 1)[-1],
             on_progress=lambda amount: progress.update(task, advance=amount),
         )

@@ -14,10 +14,7 @@ Expect, for the embedded base on the first 512 training steps (--limit 512): of 
 equal to the gold one, 31 more verified as right, 386 repeated; 2 prompts without a negative.
 """
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -32,6 +29,7 @@ from llm_xrisk.data.load import load_rows
 from llm_xrisk.quickstart.stages import stage_progress
 from llm_xrisk.rollout.engine import SamplingConfig, make_engine
 from llm_xrisk.rollout.negatives import build_pool
+from reward.by_name import reward_function
 
 
 @dataclass
@@ -46,7 +44,7 @@ class ScriptArguments:
         num_negatives: m, most negatives per prompt.
         num_generations: Samples per prompt, of which right and repeated ones are left out.
         system_prompt: Over the prompt when sampling; likelihoods are of the plain prompt.
-        verify: Reward function by its dotted name; what it pays is no negative.
+        verify: Reward function by its dotted name, or none; what it pays is no negative.
         rollout: Engine.
         file_format: Of the rows.
     """
@@ -63,16 +61,10 @@ class ScriptArguments:
     file_format: str = field(default="jsonl", metadata={"help": "jsonl or parquet."})
 
 
-def reward_function(name: str) -> Callable[..., Any] | None:
-    """The function of a dotted name; None for "none"."""
-    if name == "none":
-        return None
-    module, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(module), function)
-
-
 def main(script_args: ScriptArguments, sampling: SamplingConfig) -> None:
     """Draw what is missing and print what became of the samples."""
+    named = script_args.verify != "none"
+    verify = reward_function(script_args.verify) if named else None
     state = PartialState(cpu=not torch.cuda.is_available())
     path = script_args.model_name_or_path or tiny_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -94,7 +86,7 @@ def main(script_args: ScriptArguments, sampling: SamplingConfig) -> None:
             num_negatives=script_args.num_negatives,
             num_generations=script_args.num_generations or None,
             system_prompt=script_args.system_prompt,
-            verify=reward_function(script_args.verify),
+            verify=verify,
             reference=reference,
             file_format=script_args.file_format,  # pyright: ignore[reportArgumentType]
             on_progress=lambda amount: progress.update(task, advance=amount),

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -32,16 +33,30 @@ class ScriptArguments:
     output: str | None = field(default=None, metadata={"help": "Where graded lines go."})
 
 
+def _row(number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"line {number} is {line[:60]!r}, which is no JSON; need an object with completion "
+            "and answer on every line"
+        ) from error
+    missing = [name for name in ("completion", "answer") if name not in row]
+    if missing:
+        raise ValueError(f"line {number} has {sorted(row)} and lacks {missing}")
+    return row
+
+
 def main(script_args: ScriptArguments) -> None:
     """Grade every line, print the table."""
     verifier, console = ArithmeticVerifier(), Console()
-    lines = Path(script_args.file).read_text(encoding="utf-8").splitlines()
+    path = Path(script_args.file)
+    if not path.is_file():
+        raise FileNotFoundError(f"got --file {path}, which is no file; need JSON lines")
+    lines = path.read_text(encoding="utf-8").splitlines()
     graded, statuses = list[str](), Counter[str]()
     for number, line in enumerate(track(lines, "verify", console=console), start=1):
-        row = json.loads(line)
-        missing = [name for name in ("completion", "answer") if name not in row]
-        if missing:
-            raise ValueError(f"line {number} has {sorted(row)} and lacks {missing}")
+        row = _row(number, line)
         verdict = verifier.verify(row["answer"], row["completion"])
         statuses[str(verdict.status)] += 1
         extra = {"score": verdict.score, "status": str(verdict.status)}

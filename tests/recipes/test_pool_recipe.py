@@ -10,8 +10,7 @@ from datasets import Dataset
 from llm_xrisk.cli_help import RecipeParser
 from llm_xrisk.data.pool import load_pool
 from llm_xrisk.rollout.engine import SamplingConfig
-from recipes.pool import ScriptArguments, main, reward_function
-from reward import arithmetic_reward
+from recipes.pool import ScriptArguments, main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pool.py"
 YAML = str(RECIPE.with_suffix(".yaml"))
@@ -52,11 +51,6 @@ def test_a_file_of_conversations_will_do(one_process, tmp_path):
     pool = one_process("pool", *changes, "--file_format", "parquet", "--system_prompt", "1+1=3")
     assert [row.prompt for row in pool.rows] == [row["prompt"] for row in rows]
     assert (tmp_path / "pool" / "pool.parquet").is_file()
-
-
-def test_reward_function_is_found_by_its_dotted_name():
-    assert reward_function("reward.arithmetic_reward") is arithmetic_reward
-    assert reward_function("none") is None
 
 
 @pytest.mark.dist

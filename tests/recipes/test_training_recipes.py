@@ -103,3 +103,35 @@ def test_verify_recipe_grades_lines_and_names_a_bad_one(tmp_path: Path) -> None:
     bad = write_lines(tmp_path / "bad.jsonl", [{"completion": "1"}])
     with pytest.raises(ValueError, match=r"line 1 .* lacks \['answer'\]"):
         run_recipe("verify", "--file", bad)
+    (tmp_path / "torn.jsonl").write_text("hello\n")
+    with pytest.raises(ValueError, match="line 1 is 'hello', which is no JSON; need an object"):
+        run_recipe("verify", "--file", str(tmp_path / "torn.jsonl"))
+    with pytest.raises(FileNotFoundError, match="which is no file; need JSON lines"):
+        run_recipe("verify", "--file", str(tmp_path / "nope.jsonl"))
+
+
+def test_training_and_evaluation_take_a_reward_function_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def odd(completions, **columns):\n    return [float(len(c) % 2) for c in completions]\n"
+    (tmp_path / "rewards_of_this_test.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = write_lines(tmp_path / "questions.jsonl", [{"prompt": f"{k}+1="} for k in range(8)])
+    reward, out = "rewards_of_this_test.odd", tmp_path / "out"
+    run_recipe(
+        "disco",
+        *("--output_dir", str(out), "--max_steps", "1", "--dataset_name", data),
+        *("--per_device_train_batch_size", "16", "--reward_funcs", reward),
+        *("--use_cpu", "true", "--save_steps", "1", "--disable_tqdm", "true"),
+    )
+    state = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
+    assert (out / "README.md").is_file()
+    assert state["global_step"] == 1
+    counts = str(tmp_path / "counts.json")
+    arguments = ["--num_generations", "4", "--ks", "1,4", "--results_file", counts]
+    run_recipe("evaluate", "--dataset_name", data, "--reward_func", reward, *arguments)
+    assert len(Evaluation.load(counts).correct) == 8
+    with pytest.raises(ValueError, match=r"arithmetic_reward asks for \['answer'\]"):
+        run_recipe("evaluate", "--dataset_name", data, *arguments)
+    with pytest.raises(ValueError, match="got ks='1;4', need numbers and commas"):
+        run_recipe("evaluate", "--dataset_name", data, "--ks", "1;4")
