@@ -74,7 +74,8 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**settings)
 
     def _hint(self, unknown: list[str]) -> str:
-        names = [option for action in self._actions for option in action.option_strings]
+        names = ["--config", *(f"--{name}" for name in LAUNCH_OPTIONS)]
+        names += [option for action in self._actions for option in action.option_strings]
         written = next((text.partition("=")[0] for text in unknown if text.startswith("--")), "")
         found = difflib.get_close_matches(written, names, n=1)
         return f": did you mean {found[0]}?" if found else ""

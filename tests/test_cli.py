@@ -248,6 +248,13 @@ def test_settings_nobody_declares_are_refused(tmp_path, capsys):
     assert "got --gama 0.9; need settings that --help lists: did you mean --gamma?" in error
 
 
+def test_a_misspelled_launch_option_is_told_its_name(capsys):
+    for written, meant in (("--confg", "--config"), ("--accelerate_confg", "--accelerate_config")):
+        with pytest.raises(SystemExit):
+            RecipeParser(Method).parse_args_and_config(["--output_dir", "x", written, "zero3"])
+        assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
 def test_launch_options_in_the_file_do_not_disturb_the_recipe(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(f"output_dir: {tmp_path}\naccelerate_config: zero3\ngamma: 0.9\n")
