@@ -10,7 +10,10 @@ _COMMON = (
     *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "seed"),
 )
-_PRIVATE = {"model_init_kwargs", "vllm_kwargs"}  # they may hold paths and tokens of access
+_LEFT_OUT = {
+    *("model_init_kwargs", "vllm_kwargs", "resume_from_checkpoint"),  # may hold paths and tokens
+    *("logging_steps", "logging_nan_inf_filter", "remove_unused_columns"),
+}
 _PACKAGES = ("llm-xrisk", "transformers", "torch", "datasets", "peft")
 _GENERATED = ("- llm-xrisk", "[More Information Needed]")  # ours, and the template of PEFT
 
@@ -75,7 +78,7 @@ def own_settings(*configs: Any) -> dict[str, Any]:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             listed = field.name in ours or field.name in _COMMON
-            if listed and value is not None and field.name not in _PRIVATE:
+            if listed and value is not None and field.name not in _LEFT_OUT:
                 found[field.name] = getattr(value, "value", value)
     return found
 

@@ -179,6 +179,11 @@ class DisCOConfig(ScoreConfig):
         default="constant", metadata={"help": "Schedule of the learning rate."}
     )
 
+    def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"  # evaluation has no loss
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class RolloutConfig:

@@ -54,9 +54,10 @@ def test_checkpoints_carry_no_card(tmp_path):
 
 
 def test_a_card_keeps_access_tokens_and_paths_to_itself(tmp_path):
-    args = dft_config(tmp_path, model_init_kwargs={"token": "secret"})
+    hidden = {"model_init_kwargs": {"token": "secret"}, "resume_from_checkpoint": "/home/me/c-1"}
+    args = dft_config(tmp_path, **hidden)
     settings = own_settings(args, RolloutConfig(vllm_kwargs='{"model": "/home/me"}'))
-    assert not {"model_init_kwargs", "vllm_kwargs", "output_dir"} & set(settings)
+    assert not {*hidden, "vllm_kwargs", "output_dir"} & set(settings)
 
 
 @pytest.mark.parametrize(("base", "shown"), [("a/b", "`a/b`"), ("/models/mine", "`mine`")])

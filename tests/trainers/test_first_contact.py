@@ -94,3 +94,18 @@ def test_an_adapter_by_its_name_is_refused_for_training_and_as_a_reference(tmp_p
     trainer = dft_trainer(tmp_path, model=again, max_steps=1)
     trainer.train()
     assert logged(trainer, "grad_norm")[0] > 0
+
+
+def test_the_best_model_of_disco_is_the_one_with_the_highest_reward(tmp_path):
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    trainer = disco_trainer(
+        tmp_path,
+        eval_dataset=questions(4),
+        max_steps=2,
+        save_steps=1,
+        load_best_model_at_end=True,
+        **every_step,
+    )
+    trainer.train()
+    assert trainer.args.greater_is_better is True
+    assert trainer.state.best_metric == max(logged(trainer, "eval_reward"))
