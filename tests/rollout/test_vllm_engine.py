@@ -17,8 +17,6 @@ from llm_xrisk.rollout.weight_sync import largest_difference, make_probe
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.vllm,
-    # vLLM's own start: torch.distributed.reduce_op, torch.jit.script_method, SWIG types, ...
-    pytest.mark.filterwarnings("default"),
 ]
 IDS = [10, 11, 12, 13]
 
