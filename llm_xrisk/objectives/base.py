@@ -104,14 +104,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def observed_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask`` and they are numbers, NaN where nothing is: for metrics.
+    """Mean of ``values`` where ``mask``, NaN where the mask is empty: for metrics.
 
     Example:
         >>> observed_mean(torch.tensor([1.0, 3.0]), torch.tensor([False, False]))
         tensor(nan)
     """
-    known = mask & ~values.isnan()
-    return torch.where(known.any(), masked_mean(values, known), float("nan"))
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
 def observed_max(values: Tensor, mask: Tensor) -> Tensor:

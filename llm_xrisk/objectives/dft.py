@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator, join
-from llm_xrisk.fcco.groups import group_mean, group_sum, slots
+from llm_xrisk.fcco.groups import group_mean, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     ObjectiveOutput,
@@ -14,9 +14,9 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import differences, rows_of, same_group, weighted_mean
+from llm_xrisk.objectives.pairs import rows_of
 from llm_xrisk.objectives.scores import SCORES
-from llm_xrisk.objectives.sequence import SequenceObjective
+from llm_xrisk.objectives.sequence import SequenceObjective, effective_in_group
 
 
 class DFT(SequenceObjective):
@@ -122,19 +122,21 @@ class DFT(SequenceObjective):
         normaliser = self.tau * log_u.masked_fill(~anchors, 0.0).sum()
         loss = (normaliser - scores.masked_fill(~gold, 0.0).sum()) / gold.sum().clamp(min=1)
         with torch.no_grad():
-            negatives = same_group(slot, rows, scores.dtype) * (~gold).to(scores.dtype)
-            share = torch.exp(exponent - whole).masked_fill(gold, 0.0)  # m times that in the sum
-            fraction = count / group_sum(share.square(), slot).clamp(min=1e-12)
-            wins = weighted_mean(differences(scores, scores[rows]).lt_(0.0), negatives)
+            fraction = effective_in_group(exponent, whole, ~gold, slot)
+            answer, _ = group_mean(scores, slot, gold)  # the gold answer's score, in all its rows
+            wins, _ = group_mean((answer > scores).to(scores.dtype), slot, ~gold)
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
                 "negatives/weight": observed_mean((log_g - log_u).exp(), anchors),
-                "negatives/effective_fraction": observed_mean(fraction[rows], anchors),
+                "negatives/effective_fraction": observed_mean(
+                    fraction[rows],
+                    anchors & (count[rows] > 1),  # one negative has nothing to weigh
+                ),
                 "score/gold": observed_mean(scores, gold),
                 "score/negative": observed_mean(scores, ~gold),
-                "auc": observed_mean(wins, anchors),
+                "auc": observed_mean(wins[rows], anchors),
             }
         return ObjectiveOutput(loss, metrics)
 

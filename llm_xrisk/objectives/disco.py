@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import join
-from llm_xrisk.fcco.groups import group_sum, slots
+from llm_xrisk.fcco.groups import group_mean, group_sum, slots
 from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean, widened
 from llm_xrisk.objectives.pairs import (
     differences,
@@ -15,8 +15,8 @@ from llm_xrisk.objectives.pairs import (
     with_pair_gradient,
 )
 from llm_xrisk.objectives.scores import KL_TERMS, SCORES
-from llm_xrisk.objectives.sequence import SequenceObjective, kl_statistics
-from llm_xrisk.objectives.surrogates import IDENTITY, Surrogate
+from llm_xrisk.objectives.sequence import SequenceObjective, effective_in_group, kl_statistics
+from llm_xrisk.objectives.surrogates import IDENTITY, Identity, Surrogate
 
 _SCORE_NAMES = {"log_likelihood": "mean_log_likelihood", "likelihood_ratio": "likelihood_ratio"}
 
@@ -167,7 +167,10 @@ class DisCO(SequenceObjective):
                 "objective": loss.detach(),
                 "discriminative": loss.detach(),
                 "groups/valid_fraction": weight.sum() / questions.clamp(min=1),
-                "negatives/effective_fraction": observed_mean(fraction, valid),
+                "negatives/effective_fraction": observed_mean(
+                    fraction,
+                    valid & (wrong_count[rows] > 1),  # one wrong answer has nothing to weigh
+                ),
                 "score/right": observed_mean(scores, right),
                 "score/wrong": observed_mean(scores, ~right),
             }
@@ -177,6 +180,8 @@ class DisCO(SequenceObjective):
         self, scores: Tensor, slot: Tensor, rows: Tensor, wrong: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The mean over wrong answers of each anchor (A,), and how many of them count."""
+        if isinstance(self.surrogate, Identity):
+            return self._separable_values(scores, slot, rows, wrong > 0)
         fixed = scores.detach()
         pairs = same_group(slot, rows, fixed.dtype) * wrong  # (A, R)
         pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
@@ -187,3 +192,16 @@ class DisCO(SequenceObjective):
             log_mean, share = logmeanexp(pairwise, pairs, self.tau)
             value, fraction = self.tau * log_mean, effective_fraction(share, pairs.sum(-1))
         return with_pair_gradient(scores, rows, value, share.mul_(slope)), fraction
+
+    def _separable_values(
+        self, scores: Tensor, slot: Tensor, rows: Tensor, wrong: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same for l(s) = s, where s_j - s_i separates: groups do, no pairs are needed."""
+        if self.tau is None:
+            mean, _ = group_mean(scores, slot, wrong)
+            return mean[rows] - scores[rows], torch.ones_like(scores)[rows]
+        exponent = scores / self.tau
+        log_mean, _ = group_mean(exponent, slot, wrong, log=True)
+        with torch.no_grad():
+            fraction = effective_in_group(exponent, log_mean, wrong, slot)
+        return self.tau * log_mean[rows] - scores[rows], fraction[rows]

@@ -49,16 +49,6 @@ def same_group(slot: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return differences(number, number[rows]).eq_(0.0)
 
 
-def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean of each row of ``values`` under ``weight``, which broadcasts; 0 where that is empty.
-
-    Example:
-        >>> weighted_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([1.0, 1.0, 0.0]))
-        tensor([2.])
-    """
-    return (values * weight).sum(-1) / weight.sum(-1).clamp(min=1)
-
-
 def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Log of the mean of exp(values / tau) over each row, of the entries of weight 1.
 
@@ -102,16 +92,14 @@ def logsumexp(exponent: Tensor) -> tuple[Tensor, Tensor]:
 def effective_fraction(share: Tensor, count: Tensor) -> Tensor:
     """Effective number of entries of each row, as a fraction of their number ``count``.
 
-    1 / (m sum_j p_j^2) for shares p of m entries: 1 is uniform, 1/m a single entry. NaN where
-    m < 2, since there is nothing to weigh.
+    1 / (m sum_j p_j^2) for shares p of m entries: 1 is uniform, 1/m a single entry.
 
     Example:
         >>> effective_fraction(torch.tensor([[1.0, 0.0]]), torch.tensor([2]))
         tensor([0.5000])
     """
     norm = cast(Tensor, torch.linalg.vector_norm(share, dim=-1))  # pyright: ignore[reportUnknownMemberType]
-    fraction = 1 / (norm.square() * count).clamp(min=1e-12)
-    return torch.where(count > 1, fraction, float("nan"))
+    return 1 / (norm.square() * count).clamp(min=1e-12)
 
 
 def with_pair_gradient(

@@ -1,7 +1,9 @@
 """Objectives of whole sequences: what a trainer of language models needs to know of them."""
 
+import torch
 from torch import Tensor
 
+from llm_xrisk.fcco.groups import group_sum
 from llm_xrisk.objectives.base import Objective
 from llm_xrisk.objectives.scores import SCORES
 
@@ -51,6 +53,29 @@ def kl_statistics(kl: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     mean = kl.sum() / tokens
     error = (kl - mean * length).detach().square().sum().sqrt() / tokens
     return mean, error
+
+
+def effective_in_group(values: Tensor, log_mean: Tensor, mask: Tensor, slot: Tensor) -> Tensor:
+    """Effective number of a group's rows under weights exp(values), as a fraction of their number.
+
+    Args:
+        values: (R,) exponents.
+        log_mean: (R,) log of the mean of exp(values) over the group's rows in ``mask``.
+        mask: (R,) which rows count.
+        slot: (R,) the group of each row.
+
+    Returns:
+        (R,): 1 is uniform, 1/m a single one of m.
+
+    Example:
+        >>> import torch
+        >>> one, both = torch.zeros(2), torch.tensor([True, True])
+        >>> effective_in_group(one, one, both, torch.tensor([0, 0]))
+        tensor([1., 1.])
+    """
+    share = torch.exp(values - log_mean).masked_fill(~mask, 0.0)  # m times that in the sum
+    count = group_sum(mask.to(values.dtype), slot)
+    return count / group_sum(share.square(), slot).clamp(min=1e-12)
 
 
 def require_length(name: str, length: Tensor | None) -> Tensor:
