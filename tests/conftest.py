@@ -70,6 +70,16 @@ def tiny_model_path() -> str:
     return tiny_model_path()
 
 
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a launcher that hangs; its ranks are in sessions of their own and end with its SIGTERM."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=40)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def run(command: list[str], *, timeout: float = 240) -> str:
     """Run a command with its children; return its output, or fail with the end of it."""
     process = subprocess.Popen(
@@ -83,9 +93,8 @@ def run(command: list[str], *, timeout: float = 240) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
-        if process.poll() is None:  # a hung rank would outlive its launcher
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process.poll() is None:
+            stop(process)
     if process.returncode != 0:
         pytest.fail(f"{' '.join(command)} exited with {process.returncode}:\n{output[-4000:]}")
     return output
