@@ -71,13 +71,15 @@ def tiny_model_path() -> str:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a launcher that hangs; its ranks are in sessions of their own and end with its SIGTERM."""
+    """End a launcher that hangs; its ranks, in sessions of their own, end with its SIGTERM."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(timeout=40)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def run(command: list[str], *, timeout: float = 240) -> str:
