@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 VERBS = {
@@ -133,8 +134,19 @@ def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_launch_options(parser)
     known, rest = parser.parse_known_args(arguments)
+    rest = with_shipped_file(rest)
     given = {name: value for name, value in vars(known).items() if value is not None}
     return {**_launch_options_of_file(rest), **given}, rest
+
+
+def with_shipped_file(arguments: Sequence[str]) -> list[str]:
+    """Turn ``--config dft`` into the path of the shipped ``dft.yaml``; an existing file is left."""
+    found = list(arguments)
+    for place, (word, value) in enumerate(pairwise(arguments), start=1):
+        path = shipped("recipes") / f"{value}.yaml"
+        if word == "--config" and not Path(value).is_file() and path.is_file():
+            found[place] = str(path)
+    return found
 
 
 def launch_command_line(verb: str, arguments: Sequence[str]) -> list[str]:

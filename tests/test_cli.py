@@ -112,6 +112,18 @@ def test_launch_options_come_from_the_file_and_the_command_line_wins(tmp_path):
     assert rest == ["--config", str(config), "--gamma", "0.8"]
 
 
+def test_a_shipped_file_is_named_by_its_verb_alone():
+    _, rest = cli.split_arguments(["--config", "disco", "--max_steps", "3"])
+    assert rest[0] == "--config" and rest[2:] == ["--max_steps", "3"]
+    assert rest[1].endswith("recipes/disco.yaml")
+
+
+def test_a_file_of_that_name_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    (tmp_path / "disco").write_text("output_dir: out\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.split_arguments(["--config", "disco"])[1] == ["--config", "disco"]
+
+
 def test_a_config_file_that_is_a_list_is_refused(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("- gamma\n")
