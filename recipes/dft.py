@@ -79,6 +79,7 @@ def main(script_args: ScriptArguments, args: DFTConfig, model_args: ModelConfig)
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def main(
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

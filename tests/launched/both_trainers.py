@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -117,6 +118,8 @@ def main() -> None:
         report = train(trainer, watch, resume)
         torch.save(report, options.folder / f"{run}-{report['rank']}.pt")
         trainer.accelerator.wait_for_everyone()
+    if dist.is_initialized():  # a process that ends inside a group may abort
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

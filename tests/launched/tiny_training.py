@@ -31,6 +31,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     Path(args.output_dir, f"rank{report['rank']}.json").write_text(json.dumps(report))
+    trainer.accelerator.end_training()  # a process that ends inside a group may abort
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def main() -> None:
     measure.report |= {"world_size": dist.get_world_size(), "steps": trainer.state.global_step}
     report = Path(args.output_dir, f"rank{dist.get_rank()}.json")
     report.write_text(json.dumps(measure.report))
+    trainer.accelerator.end_training()  # a process that ends inside a group may abort
 
 
 if __name__ == "__main__":

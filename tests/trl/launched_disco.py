@@ -73,6 +73,7 @@ def main(output: str, rows: int) -> None:
         report = {name: [entry[name] for entry in entries] for name in names}
         report["world_size"] = trainer.accelerator.num_processes
         Path(output, "report.json").write_text(json.dumps(report))
+    trainer.accelerator.end_training()  # a process that ends inside a group may abort
 
 
 if __name__ == "__main__":
