@@ -22,6 +22,7 @@ from llm_xrisk.cli_help import RecipeParser
 from llm_xrisk.data.fingerprint import model_fingerprint
 from llm_xrisk.data.gsm8k_steps import tiny_model_path
 from llm_xrisk.data.load import load_rows
+from llm_xrisk.fcco import leave
 from llm_xrisk.rollout.engine import SamplingConfig
 from llm_xrisk.rollout.weight_sync import gather_zero3
 from llm_xrisk.trainers import DFTConfig, DFTTrainer
@@ -79,7 +80,7 @@ def main(script_args: ScriptArguments, args: DFTConfig, model_args: ModelConfig)
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from trl import ModelConfig, get_peft_config
 from llm_xrisk.cli_help import RecipeParser
 from llm_xrisk.data.gsm8k_steps import tiny_model_path
 from llm_xrisk.data.load import load_rows
+from llm_xrisk.fcco import leave
 from llm_xrisk.trainers import DisCOConfig, DisCOTrainer, RolloutConfig
 from reward.by_name import reward_function
 
@@ -76,7 +77,7 @@ def main(
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from llm_xrisk.cli_help import RecipeParser
 from llm_xrisk.data.fingerprint import model_identity
 from llm_xrisk.data.gsm8k_steps import tiny_model_path
 from llm_xrisk.data.load import load_rows
+from llm_xrisk.fcco import leave
 from llm_xrisk.quickstart.stages import stage_progress
 from llm_xrisk.rollout.engine import SamplingConfig, make_engine
 from llm_xrisk.rollout.negatives import build_pool
@@ -97,7 +98,7 @@ def main(script_args: ScriptArguments, sampling: SamplingConfig) -> None:
         for name, number in pool.counts.items():
             table.add_row(name.replace("_", " "), f"{number:,}")
         Console().print(table)
-    state.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

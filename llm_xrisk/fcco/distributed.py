@@ -1,5 +1,6 @@
 """Joining the rows of all ranks, so that an objective only ever sees the whole mini-batch."""
 
+import time
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,27 @@ def join(*tensors: Tensor | None) -> tuple[Any, ...]:
     sizes = cast(list[int], torch.cat(_gather(rows, world)).tolist())  # pyright: ignore[reportUnknownMemberType]
     apply = cast(Any, _Join).apply
     return tuple(None if t is None else apply(t, sizes) for t in tensors)
+
+
+def leave(patience: float = 0.2) -> None:
+    """Leave the process group; the last thing a script does before its process ends.
+
+    gloo's threads drop the tensors of a collective a moment after it is done, and need Python's
+    lock for it. A thread that still waits for the lock when the interpreter goes down aborts the
+    process (https://github.com/pytorch/pytorch/issues/190489), and destroying the group does not
+    wait for its threads while anything else refers to it. So the lock is given up for a while.
+    A no-op on one process.
+
+    Args:
+        patience: Seconds during which the lock is free; one thread needs microseconds.
+
+    Example:
+        >>> leave()
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    dist.destroy_process_group()
+    time.sleep(patience)
 
 
 def _gather(local: Tensor, world: int) -> list[Tensor]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from llm_xrisk.fcco import leave
 from tests.trainers.build import LORA, dft_trainer, disco_trainer, losses, pairs
 
 PROMPTS, ROWS = 8, 16  # per optimizer step, on all processes together
@@ -118,8 +118,7 @@ def main() -> None:
         report = train(trainer, watch, resume)
         torch.save(report, options.folder / f"{run}-{report['rank']}.pt")
         trainer.accelerator.wait_for_everyone()
-    if dist.is_initialized():  # a process that ends inside a group may abort
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

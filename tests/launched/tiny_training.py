@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
+from llm_xrisk.fcco import leave
+
 
 def main() -> None:
     (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
@@ -31,7 +33,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     Path(args.output_dir, f"rank{report['rank']}.json").write_text(json.dumps(report))
-    trainer.accelerator.end_training()  # a process that ends inside a group may abort
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm_xrisk.fcco import leave
 from llm_xrisk.rollout import SamplingConfig, TransformersEngine, make_engine
 from llm_xrisk.rollout.scoring import sequence_log_probs
 from llm_xrisk.rollout.weight_sync import iter_named_parameters, largest_difference, make_probe
@@ -108,7 +109,7 @@ def main() -> None:
     measure.report |= {"world_size": dist.get_world_size(), "steps": trainer.state.global_step}
     report = Path(args.output_dir, f"rank{dist.get_rank()}.json")
     report.write_text(json.dumps(measure.report))
-    trainer.accelerator.end_training()  # a process that ends inside a group may abort
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_xrisk.data.gsm8k_steps import load_steps, tiny_model_path
+from llm_xrisk.fcco import leave
 from llm_xrisk.trl import DisCOGRPOConfig, DisCOGRPOTrainer
 
 GENERATIONS = 4
@@ -73,7 +74,7 @@ def main(output: str, rows: int) -> None:
         report = {name: [entry[name] for entry in entries] for name in names}
         report["world_size"] = trainer.accelerator.num_processes
         Path(output, "report.json").write_text(json.dumps(report))
-    trainer.accelerator.end_training()  # a process that ends inside a group may abort
+    leave()
 
 
 if __name__ == "__main__":
