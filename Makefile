@@ -12,12 +12,12 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check
 LOCKED := .venv/.locked-$(EXTRA)
 STAMP  := .venv/.installed-$(EXTRA)
 PYTEST  = $(BIN)/python -m pytest $(if $(K),-k "$(K)")
-FAST    = -m "not dist and not vllm and not slow"
+FAST    = -m "not dist and not vllm and not slow" --ignore=tests/reward
 PUBLIC  = $(wildcard llm_xrisk reward recipes tests benchmarks)
 BROKEN := torchvision torchaudio torchcodec
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-seeds test test-fast test-dist test-vllm test-slow \
+.PHONY: help venv quickstart quickstart-seeds test test-fast test-reward test-dist test-vllm test-slow \
         check test-matrix bench lock clean
 
 help: ## list the targets
@@ -52,13 +52,16 @@ quickstart-seeds: venv ## the main job over 5 seeds with paired intervals, writt
 		--results_file benchmarks/results/quickstart-seeds-cpu.json
 
 test: venv ## every tier, in order; fails if one of them fails
-	@failed=; for tier in fast dist vllm; do \
+	@failed=; for tier in fast reward dist vllm; do \
 		$(MAKE) --no-print-directory test-$$tier || failed="$$failed $$tier"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED tiers:$$failed"; exit 1; else echo "all tiers passed"; fi
 
-test-fast: venv ## one process, no vLLM: three minutes at most
+test-fast: venv ## one process, no vLLM, no verifiers: three minutes at most
 	$(PYTEST) $(FAST) --durations=5
+
+test-reward: venv ## the verifiers: hostile answers, worker pools, sandboxes
+	$(PYTEST) tests/reward -m "not slow" --durations=5
 
 test-dist: venv ## two CPU processes: gloo, ZeRO-2, ZeRO-3
 	$(PYTEST) -m "dist and not slow" --durations=5
