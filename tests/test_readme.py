@@ -26,7 +26,7 @@ def test_the_classic_example_runs_and_learns() -> None:
 
 def test_every_example_compiles_and_imports_what_exists() -> None:
     blocks = python_blocks()
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         compile(block, "README.md", "exec")
         imports = [line for line in block.splitlines() if line.startswith(("from ", "import "))]

@@ -13,6 +13,7 @@ from reward.arithmetic import arithmetic_reward
 from reward.compose import ByDataSource, Gate, WeightedSum
 from reward.format import boxed_once
 from reward.length import repetition, soft_overlong
+from reward.math import math_reward
 
 
 def test_format_pays_only_when_the_answer_is_right_and_the_reverse() -> None:
@@ -54,7 +55,7 @@ def test_a_trainer_of_trl_takes_them_as_they_are(tiny_model_path: str, tmp_path:
     )
     trainer = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_model_path),
-        [arithmetic_reward, total],
+        [arithmetic_reward, math_reward, total],
         GRPOConfig(
             str(tmp_path),
             per_device_train_batch_size=8,
@@ -76,4 +77,6 @@ def test_a_trainer_of_trl_takes_them_as_they_are(tiny_model_path: str, tmp_path:
     logged = trainer.state.log_history[0]
     assert "rewards/everything/mean" in logged
     assert "rewards/arithmetic_reward/mean" in logged
+    assert "rewards/math_reward/mean" in logged
+    assert any(name.startswith("math/") for name in logged)
     assert any(name.startswith("arithmetic/") for name in logged)
