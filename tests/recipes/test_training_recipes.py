@@ -97,9 +97,10 @@ def test_evaluate_recipe_keeps_the_counts(tmp_path: Path) -> None:
 def test_verify_recipe_grades_lines_and_names_a_bad_one(tmp_path: Path) -> None:
     rows = [{"completion": "24.0", "answer": "24"}, {"completion": "48/2", "answer": "24"}]
     data, out = write_lines(tmp_path / "answers.jsonl", rows), tmp_path / "graded.jsonl"
-    run_recipe("verify", "--file", data, "--output", str(out))
+    run_recipe("verify", "--file", data, "--output", str(out), "--verifier", "arithmetic")
     graded = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["score"] for row in graded] == [1.0, 0.0]
+    assert [row["completion"] for row in graded] == ["24.0", "48/2"]
     bad = write_lines(tmp_path / "bad.jsonl", [{"completion": "1"}])
     with pytest.raises(ValueError, match=r"line 1 .* lacks \['answer'\]"):
         run_recipe("verify", "--file", bad)
@@ -108,6 +109,46 @@ def test_verify_recipe_grades_lines_and_names_a_bad_one(tmp_path: Path) -> None:
         run_recipe("verify", "--file", str(tmp_path / "torn.jsonl"))
     with pytest.raises(FileNotFoundError, match="which is no file; need JSON lines"):
         run_recipe("verify", "--file", str(tmp_path / "nope.jsonl"))
+
+
+def test_verify_recipe_compares_mathematics_with_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("math_verify")
+    rows = [
+        {"prediction": r"\frac{1}{2}", "style": "bare", "gold": "0.5", "expected": True},
+        {"prediction": "so it is 24.", "style": "text", "gold": "24", "expected": True},
+        {"prediction": r"\boxed{25}", "style": "text", "gold": "24", "expected": False},
+        {"prediction": r"\boxed{24}", "style": "text", "gold": "24", "finish_reason": "length"},
+    ]
+    data = write_lines(tmp_path / "cases.jsonl", [row | {"tier": "core"} for row in rows])
+    shares = {}
+    for mode in ("lenient", "strict"):
+        out = tmp_path / f"{mode}.jsonl"
+        run_recipe("verify", "--file", data, "--mode", mode, "--output", str(out))
+        graded = [json.loads(line) for line in out.read_text().splitlines()]
+        shares[mode] = [row["score"] for row in graded]
+        assert graded[3]["status"] == "truncated"
+        printed = capsys.readouterr().out
+        assert f"4 answers, verifier math {mode}" in printed
+        assert "verdicts on 3 labelled answers" in printed
+    assert shares == {"lenient": [1.0, 1.0, 0.0, 0.0], "strict": [1.0, 0.0, 0.0, 0.0]}
+
+
+def test_verify_takes_its_file_first() -> None:
+    path = RECIPES / "verify.py"
+    spec = importlib.util.spec_from_file_location("recipe_verify", path)
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules["recipe_verify"] = recipe
+    spec.loader.exec_module(recipe)
+    parser = recipe.RecipeParser(recipe.ScriptArguments)
+    (first,) = parser.parse_args_and_config(recipe.with_file(["a.jsonl", "--mode", "strict"]))
+    (named,) = parser.parse_args_and_config(
+        recipe.with_file(["--mode", "strict", "--file", "a.jsonl"])
+    )
+    assert first == named
+    assert (first.file, first.mode, first.verifier) == ("a.jsonl", "strict", "math")
 
 
 def test_training_and_evaluation_take_a_reward_function_by_its_name(
