@@ -1,16 +1,20 @@
 """DisCOTrainer: rollouts, grading, skipped work, memory of what was asked."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llm_xrisk.trainers import mixin
+from llm_xrisk.trainers import DisCOTrainer, RolloutConfig, mixin
 from llm_xrisk.trainers.questions import Grader
+from reward.math import math_reward
 from tests.trainers.build import (
     LORA,
+    disco_config,
     disco_trainer,
     even_code,
     logged,
@@ -256,3 +260,21 @@ def test_conversations_are_answered_by_messages():
     prompt = [{"role": "user", "content": "1+1="}]
     Grader([reward], None, None, lambda ids: "2")([{"prompt": prompt}], [[5]], ["stop"], None)
     assert seen == [[{"role": "assistant", "content": "2"}]]
+
+
+def test_the_verifier_of_mathematics_grades_rollouts_as_it_is(
+    tiny_model_path: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    rows = [{"prompt": f"{k}+1=", "answer": str(k + 1)} for k in range(8)]
+    trainer = DisCOTrainer(
+        model,
+        disco_config(tmp_path, max_steps=2),
+        reward_funcs=math_reward,
+        train_dataset=Dataset.from_list(rows),
+        rollout=RolloutConfig(max_new_tokens=6, num_generations=4, updates_per_rollout=2),
+    )
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["reward"] == 0.0  # the tiny model writes no box
+    assert logs["math/no_answer_rate"] + logs.get("math/truncated_rate", 0.0) == 1.0
