@@ -5,7 +5,6 @@ What comes out has TRL's signature again, a `__name__`, and pickles if its parts
 no part runs twice, however often it is named.
 """
 
-import asyncio
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -506,6 +505,8 @@ def _is_per_row(values: object) -> bool:
 
 
 def _wait_for(coroutine: Any, name: str) -> Any:
+    import asyncio  # not at the top: every worker imports this package
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:  # the usual case: no loop runs in this thread

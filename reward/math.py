@@ -23,7 +23,7 @@ scores 0.0; `None` is for gold answers that cannot be graded.
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -289,6 +289,10 @@ class MathReward:
     def __name__(self) -> str:
         return self.name
 
+    def validate(self, dataset: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
+        """Find the rows whose gold answer cannot be graded; a trainer asks before it starts."""
+        return validate_golds(dataset, self.column)
+
     def __call__(
         self,
         prompts: Sequence[object],
@@ -315,6 +319,17 @@ class MathReward:
 
 
 _BY_COLUMN = {column: MathReward(column=column) for column in ("answer", "solution")}
+
+
+def _validate(dataset: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    rows = list(dataset)
+    named = [column for column in _BY_COLUMN if rows and column in rows[0]]
+    if rows and not named:
+        raise ValueError(
+            f"got rows with {', '.join(map(str, rows[0]))}, need answer or solution with the gold "
+            "answers: rename the column, or use MathReward(column=...)"
+        )
+    return validate_golds(rows, named[0]) if named else []
 
 
 def math_reward(
@@ -367,6 +382,9 @@ def math_reward(
         log_metric=log_metric,
         **({column: golds} if golds is not None else dict.fromkeys(columns)),
     )
+
+
+math_reward.validate = _validate  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _judged(job: _Job, outcomes: Sequence[Outcome]) -> Verdict:

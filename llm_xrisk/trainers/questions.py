@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import torch
 from llm_xrisk.data.columns import GIVEN, require_columns
 
 RewardFunction = Callable[..., Any]
+
+logger = logging.getLogger(__name__)
 
 
 class QuestionStream:
@@ -103,11 +106,14 @@ class Grader:
         self.threshold, self.decode = threshold, decode
 
     def check(self, dataset: Any) -> None:
-        """Look for the columns that the functions ask for, before anything is generated.
+        """Look for columns and gold answers that the functions need, before anything is generated.
+
+        A function may have an attribute ``validate(dataset)`` that returns the number of each row
+        it cannot grade, with the reason, as ``reward.math_reward`` does. They are warned of.
 
         Raises:
-            ValueError: there are no rows with a prompt, or a function asks for a column that the
-                data set lacks.
+            ValueError: there are no rows with a prompt, a function asks for a column that the data
+                set lacks, or can grade no row.
             TypeError: the rows cannot be counted, as those of a stream.
         """
         if not hasattr(dataset, "__len__"):
@@ -123,6 +129,7 @@ class Grader:
             )
         for function in self.functions:
             require_columns(function, columns)
+            _warn_of_ungradable(function, dataset)
 
     def __call__(
         self,
@@ -184,3 +191,19 @@ class Grader:
 
 def _name(function: RewardFunction) -> str:
     return getattr(function, "__name__", type(function).__name__)
+
+
+def _warn_of_ungradable(function: RewardFunction, dataset: Any) -> None:
+    """Name the rows whose gold answer the function cannot read."""
+    validate = getattr(function, "validate", None)
+    problems: Any = validate(dataset) if callable(validate) else []
+    if not problems:
+        return
+    shown = "; ".join(f"row {number}: {reason}" for number, reason in problems[:5])
+    text = (
+        f"{getattr(function, '__name__', 'a reward function')} cannot grade {len(problems)} of "
+        f"{len(dataset)} questions ({shown}{'; ...' if len(problems) > 5 else ''})"
+    )
+    if len(problems) == len(dataset):
+        raise ValueError(f"{text}; every question needs a gold answer it can read")
+    logger.warning("%s; they are asked and give no signal: leave them out or mend them", text)

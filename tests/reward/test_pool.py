@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reward import worker
 from reward.pool import WorkerPool
@@ -69,6 +71,17 @@ def test_a_fifth_of_hanging_and_crashing_items_leaves_the_others_in_place(pool, 
     permuted = pool.map(tasks.act, [items[i] for i in order], deadline=0.3)
     assert statuses(permuted) == [statuses(outcomes)[i] for i in order]
     assert values(permuted) == [values(outcomes)[i] for i in order]
+
+
+ACTS = st.sampled_from(["double"] * 16 + ["hang", "exit", "raise", "segfault"])
+
+
+@settings(max_examples=12, deadline=None)
+@given(kinds=st.lists(ACTS, min_size=1, max_size=30))
+def test_whatever_fails_every_outcome_stands_in_the_place_of_its_item(pool, kinds) -> None:
+    outcomes = pool.map(tasks.act, [(kind, i) for i, kind in enumerate(kinds)], deadline=0.3)
+    assert statuses(outcomes) == [EXPECTED.get(kind, "ok") for kind in kinds]
+    assert values(outcomes) == [2 * i if k == "double" else None for i, k in enumerate(kinds)]
 
 
 def test_one_worker_or_four_give_the_same_three_times() -> None:

@@ -278,3 +278,15 @@ def test_the_verifier_of_mathematics_grades_rollouts_as_it_is(
     logs = trainer.state.log_history[0]
     assert logs["reward"] == 0.0  # the tiny model writes no box
     assert logs["math/no_answer_rate"] + logs.get("math/truncated_rate", 0.0) == 1.0
+
+
+def test_questions_whose_gold_answer_cannot_be_read_are_named_before_training(caplog) -> None:
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "?", "answer": ""}]
+    grader = Grader([math_reward], None, 0.0, str)
+    with caplog.at_level("WARNING", logger="llm_xrisk.trainers.questions"):
+        grader.check(rows)
+    assert "math_reward cannot grade 1 of 2 questions (row 1: an empty text)" in caplog.text
+    with pytest.raises(ValueError, match="cannot grade 1 of 1 questions"):
+        grader.check(rows[1:])
+    with pytest.raises(ValueError, match="got rows with prompt, need answer or solution"):
+        grader.check([{"prompt": "1+1="}])
