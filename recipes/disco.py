@@ -5,11 +5,11 @@ r"""Discriminative constrained optimization (DisCO, 6.83-6.85): RL with verifiab
         --config recipes/disco.yaml --model_name_or_path MODEL --dataset_name QUESTIONS.jsonl \
         --rollout vllm --learning_rate 2e-6 --delta 1e-4 --max_new_tokens 8192
 
-Questions need `prompt` and `answer` columns. The verifier wants a bare number as the answer; for
-other answers name your own: `--reward_funcs mine.grade`. `--objective GRPO`, `DrGRPO` or `DAPO`
-runs the comparison methods on the same rollouts. The YAML's small batches and larger steps are for
-the embedded model; the second command has the authors' settings for a 1.5B model (with tau 10, 128
-questions x 8 answers and 4 updates a rollout).
+Questions need `prompt` and `answer` columns. The default verifier wants a bare number;
+`--reward_funcs reward.math_reward` reads the last box of a worked solution, `mine.grade` is your
+own. `--objective GRPO`, `DrGRPO` or `DAPO` runs the comparison methods on the same rollouts. The
+YAML's small batches and larger steps are for the embedded model; the second command has the
+authors' settings for a 1.5B model (with tau 10, 128 questions x 8 answers and 4 updates a rollout).
 
 Expect, on the embedded model: sampled pass@1 on held-out steps rises by more than 5 points in 60
 steps while greedy stays; `make quickstart` prints both with intervals. Source: Li et al., NeurIPS

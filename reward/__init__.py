@@ -20,6 +20,7 @@ from reward.length import repetition as repetition
 from reward.length import soft_overlong as soft_overlong
 from reward.math import MathReward as MathReward
 from reward.math import MathVerifier as MathVerifier
+from reward.math import lenient_math_reward as lenient_math_reward
 from reward.math import math_reward as math_reward
 from reward.math import validate_golds as validate_golds
 from reward.metrics import Interval as Interval

@@ -384,6 +384,9 @@ def math_reward(
     )
 
 
+lenient_math_reward = MathReward(mode="lenient", name="lenient_math_reward")
+"""The same for evaluation: in lenient mode, with the gold answers in the column `answer`."""
+
 math_reward.validate = _validate  # pyright: ignore[reportFunctionMemberAccess]
 
 

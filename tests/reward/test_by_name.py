@@ -1,5 +1,7 @@
 """Reward functions by their dotted names."""
 
+import pickle
+
 import pytest
 
 from reward import arithmetic_reward
@@ -25,3 +27,11 @@ def test_a_name_without_a_module_is_refused() -> None:
 def test_a_misspelled_function_names_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"'reward\.arithmetc'.* it has .*arithmetic_reward"):
         reward_function("reward.arithmetc")
+
+
+def test_the_verifiers_of_mathematics_are_found_by_name_and_travel() -> None:
+    batch = {"prompts": ["2+2="], "completions": ["The answer is 4."], "answer": ["4"]}
+    for name, expected in (("math_reward", [0.0]), ("lenient_math_reward", [1.0])):
+        function = reward_function(f"reward.{name}")
+        assert pickle.loads(pickle.dumps(function))(**batch) == expected
+        assert function.__name__ == name
