@@ -27,6 +27,7 @@ RETRY_SECONDS = 0.2
 STOP_SECONDS = 10.0
 EXIT_SECONDS = 0.2
 MAX_FAILED_STARTS = 3
+MAX_KILLED_STARTS = 30  # killed from outside, which says nothing of the start
 MEMORY_SIGNALS = (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
 
 
@@ -62,7 +63,7 @@ class Dispatcher:
         self._workers: dict[int, WorkerProcess] = {}
         self._poller = select.poll()
         self._poller.register(self._wake_read, select.POLLIN)
-        self._failed_starts = 0
+        self._failed_starts = self._killed_starts = 0
         self._function = b""  # the last one that a worker could import
         self._thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
         self._thread.start()
@@ -252,7 +253,7 @@ class Dispatcher:
         batch = worker.batch
         if kind == child.READY:
             worker.started(peak=index << 10)
-            self._failed_starts = 0
+            self._failed_starts = self._killed_starts = 0
             self._teach(worker, self._function)  # imports it while nothing waits
             self._send(worker)
         elif kind == child.FAILED and not worker.ready:
@@ -325,7 +326,11 @@ class Dispatcher:
         reason = f"no answer in {START_SECONDS:.0f} s" if late else _ending(code)
         if worker.complaint:
             reason = f"{reason}: {worker.complaint}"
-        if not worker.ready:
+        if not worker.ready and code == -signal.SIGKILL and not late:
+            self._killed_starts += 1
+            if self._killed_starts >= MAX_KILLED_STARTS:
+                self._break(reason)
+        elif not worker.ready:
             self._failed_start(reason)
         elif batch is not None and worker.chunk:
             batch.failed_starts += 1

@@ -144,6 +144,16 @@ def test_killed_workers_are_replaced() -> None:
         assert values(pool.map(tasks.double, [(i,) for i in range(99)])) == list(range(0, 198, 2))
 
 
+def test_workers_killed_before_they_are_ready_are_replaced_too() -> None:
+    with WorkerPool(2) as pool:
+        killed = set()
+        while len(killed) < 6:
+            for pid in set(pool.pids()) - killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+        assert values(pool.map(tasks.double, [(3,)])) == [6]
+
+
 def test_a_worker_is_recycled_after_its_share_of_items() -> None:
     with WorkerPool(1, recycle_after=40) as pool:
         served = values(pool.map(tasks.who, [(i,) for i in range(400)]))
@@ -307,7 +317,8 @@ import os, sys
 from reward.pool import shared_pool
 from tests.reward import pool_tasks as tasks
 pool = shared_pool()
-parents = {pool.map(tasks.who, [(i,)])[0].value for i in range(4)}
+pool.map(tasks.who, [(0,)])
+parents = set(pool.pids())
 pid = os.fork()
 if pid == 0:
     try:
