@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -322,14 +323,17 @@ _BY_COLUMN = {column: MathReward(column=column) for column in ("answer", "soluti
 
 
 def _validate(dataset: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    rows = list(dataset)
-    named = [column for column in _BY_COLUMN if rows and column in rows[0]]
-    if rows and not named:
+    rows = iter(dataset)
+    first = next(rows, None)
+    if first is None:
+        return []
+    named = [column for column in _BY_COLUMN if column in first]
+    if not named:
         raise ValueError(
-            f"got rows with {', '.join(map(str, rows[0]))}, need answer or solution with the gold "
+            f"got rows with {', '.join(map(str, first))}, need answer or solution with the gold "
             "answers: rename the column, or use MathReward(column=...)"
         )
-    return validate_golds(rows, named[0]) if named else []
+    return validate_golds(chain([first], rows), named[0])
 
 
 def math_reward(

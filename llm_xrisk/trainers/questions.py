@@ -108,7 +108,7 @@ class Grader:
     def check(self, dataset: Any) -> None:
         """Look for columns and gold answers that the functions need, before anything is generated.
 
-        A function may have an attribute ``validate(dataset)`` that returns the number of each row
+        A function may have an attribute ``validate(rows)`` that returns the number of each row
         it cannot grade, with the reason, as ``reward.math_reward`` does. They are warned of.
 
         Raises:
@@ -196,7 +196,8 @@ def _name(function: RewardFunction) -> str:
 def _warn_of_ungradable(function: RewardFunction, dataset: Any) -> None:
     """Name the rows whose gold answer the function cannot read."""
     validate = getattr(function, "validate", None)
-    problems: Any = validate(dataset) if callable(validate) else []
+    rows = (dataset[k] for k in range(len(dataset)))  # a map-style data set need not end its iter
+    problems: Any = validate(rows) if callable(validate) else []
     if not problems:
         return
     shown = "; ".join(f"row {number}: {reason}" for number, reason in problems[:5])
