@@ -18,7 +18,8 @@ class PerSampleDual(KeyedState):
     Ascent is a negative gradient. One number (4 bytes) per sample, two with momentum.
 
     Args:
-        num_samples: Number of keys.
+        num_samples: Number of samples.
+        num_labels: Variables for each sample; label l of sample i has the index i L + l.
         initial: First value.
         lr: Step size eta.
         beta: Weight of the new gradient in (0, 1]; 1 is plain SGD.
@@ -46,6 +47,7 @@ class PerSampleDual(KeyedState):
         self,
         num_samples: int,
         *,
+        num_labels: int = 1,
         lr: float,
         initial: float = 0.0,
         beta: float = 1.0,
@@ -53,7 +55,7 @@ class PerSampleDual(KeyedState):
         upper: float | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_samples)
+        super().__init__(num_samples, num_labels)
         if lr <= 0 or not 0 < beta <= 1:
             raise ValueError(f"need lr > 0 and beta in (0, 1], got lr={lr}, beta={beta}")
         if lower is not None and upper is not None and lower > upper:
@@ -61,8 +63,8 @@ class PerSampleDual(KeyedState):
         self.lr, self.beta = lr, beta
         self.lower = float("-inf") if lower is None else lower
         self.upper = float("inf") if upper is None else upper
-        self.register_buffer("value", torch.full((num_samples,), initial, dtype=state_dtype))
-        self.register_buffer("direction", torch.zeros(num_samples, dtype=state_dtype))
+        self.register_buffer("value", torch.full((self.num_keys,), initial, dtype=state_dtype))
+        self.register_buffer("direction", torch.zeros(self.num_keys, dtype=state_dtype))
 
     def forward(self, index: Tensor) -> Tensor:
         """The current values of ``index`` (B,), without gradient."""

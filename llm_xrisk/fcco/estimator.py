@@ -1,7 +1,10 @@
 """The central abstraction: a moving average of an inner function, as a layer."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llm_xrisk.fcco import rules
 from llm_xrisk.fcco.groups import columns, distinct, group_mean, slots
@@ -21,15 +24,16 @@ class InnerEstimator(KeyedState):
     * plain: ``u + (g - sg[g])``
     * logarithmic: ``log_u + sg[exp(log_g - log_u)] * (log_g - sg[log_g])``
 
-    State is kept in buffers: ``u`` (num_samples, *shape), 4 bytes a number, and ``visited``
-    (num_samples,), 1 byte each. They stay in ``state_dtype`` whatever ``.to()`` asks for: in
+    State is kept in buffers: ``u`` (n L, *shape), 4 bytes a number, and ``visited``
+    (n L,), 1 byte each. They stay in ``state_dtype`` whatever ``.to()`` asks for: in
     bfloat16 an average with a small gamma never moves. In ``eval()`` the mini-batch value is
     returned and nothing is written.
 
     Args:
-        num_samples: n, the number of keys; ``index`` lies in [0, n).
+        num_samples: n, the number of samples; ``index`` lies in [0, n).
         gamma: Weight of the new mini-batch value in (0, 1], or a schedule of the epoch.
         shape: Shape of one inner value, () for scalars.
+        num_labels: L inner values for each sample; label l of sample i has the index i L + l.
         log: Whether ``g`` and the state are logarithms (eq. 6.14).
         initial: Fixed first value u_0 in the units of the state (0.0 is u_0 = 1 in log). By
             default the first visit of a sample stores its mini-batch value (section 6.4.2).
@@ -60,19 +64,20 @@ class InnerEstimator(KeyedState):
         gamma: float | GammaSchedule = 0.9,
         *,
         shape: tuple[int, ...] = (),
+        num_labels: int = 1,
         log: bool = False,
         initial: float | None = None,
         rule: rules.Rule | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_samples)
+        super().__init__(num_samples, num_labels)
         self.log = log
         self.initial = initial
         self.rule = rule
         self.schedule = gamma if callable(gamma) else constant(gamma)
-        start = torch.full((num_samples, *shape), initial or 0.0, dtype=state_dtype)
+        start = torch.full((self.num_keys, *shape), initial or 0.0, dtype=state_dtype)
         self.register_buffer("u", start)
-        self.register_buffer("visited", torch.zeros(num_samples, dtype=torch.bool))
+        self.register_buffer("visited", torch.zeros(self.num_keys, dtype=torch.bool))
         self.register_buffer("gamma", torch.tensor(1.0, dtype=state_dtype), persistent=False)
         self.set_epoch(0.0)
 
@@ -106,8 +111,7 @@ class InnerEstimator(KeyedState):
         self.check(index)
         with torch.no_grad():
             u = self._update(g.detach().to(self.u.dtype), index, where)
-        rise = g - g.detach()
-        return u + (torch.exp(g.detach() - u) * rise if self.log else rise)
+        return cast(Tensor, _Tracked.apply(g, u, self.log))  # pyright: ignore[reportUnknownMemberType]
 
     def _update(self, g: Tensor, index: Tensor, where: Tensor | None) -> Tensor:
         u, visited = self.u[index], self.visited[index]
@@ -115,17 +119,40 @@ class InnerEstimator(KeyedState):
         new = rule(u, g, self.gamma)
         if self.initial is None:
             new = torch.where(columns(visited, u), new, g)
-        observed = torch.ones_like(visited) if where is None else where
-        mean, seen = new, observed
+        mean, seen = new, where
         if not distinct(index):
             # rows of one sample all write their mean: the order of the writes cannot matter
+            observed = torch.ones_like(visited) if where is None else where
             mean, count = group_mean(new, slots(index), observed, log=self.log)
             seen = count > 0
-        self.u.index_copy_(0, index, torch.where(columns(seen, u), mean, u))
-        self.visited.index_copy_(0, index, visited | seen)
+        if seen is None:
+            self.u.index_copy_(0, index, mean)
+            self.visited.index_fill_(0, index, True)
+        else:
+            self.u.index_copy_(0, index, torch.where(columns(seen, u), mean, u))
+            self.visited.index_copy_(0, index, visited | seen)
         return new if where is None else torch.where(columns(where, g), new, g)
 
     def extra_repr(self) -> str:
         """Show what distinguishes one estimator from another."""
         kind = "log" if self.log else "plain"
         return f"num_samples={self.num_samples}, shape={tuple(self.u.shape[1:])}, {kind}"
+
+
+class _Tracked(torch.autograd.Function):
+    """The value of u with the gradient of g: that of u + (g - sg[g]), or of its logarithm."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, log: bool) -> Tensor:
+        ctx.log = log
+        if log:
+            ctx.save_for_backward(g, u)
+        return u.to(torch.promote_types(g.dtype, u.dtype), copy=True)
+
+    @staticmethod
+    @once_differentiable  # g / u depends on the scores, which this gradient does not know
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not ctx.log:
+            return grads[0], None, None
+        g, u = ctx.saved_tensors
+        return grads[0] * torch.exp(g - u), None, None

@@ -1,19 +1,14 @@
 """Average precision (section 6.4.2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import (
-    Objective,
-    ObjectiveOutput,
-    masked_mean,
-    observed_mean,
-    require_index,
-    widened,
-)
-from llm_xrisk.objectives.pairs import differences, rows_of, with_pair_gradient
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, observed_mean, widened
+from llm_xrisk.objectives.pairs import Pairs
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
@@ -34,15 +29,17 @@ class AveragePrecision(Objective):
         gamma: Weight of the new mini-batch value in (0, 1); the book tunes it there, the authors'
             recipes use 0.1.
         surrogate: l, non-decreasing and positive at 0.
-        prior: n_+ / n of the data, where batches hold another share of positives (a sampler
-            that oversamples them). The two means then weigh by it; by default every row of the
-            batch weighs the same, which optimises the AP at the sampler's prior.
+        prior: n_+ / n of the data (a number, or one for each label), where batches hold another
+            share of positives (a sampler that oversamples them). The two means then weigh by it;
+            by default every row of the batch weighs the same, which optimises the AP at the
+            sampler's prior.
+        num_labels: L for several labels at once: F is the mean over labels of (6.22).
         state_dtype: dtype of the state.
 
     Shapes:
-        scores (B,), targets (B,) 1 or 0, index (B,).
+        scores (B,) or (B, L), targets the same, 1 or 0 (or 1 and -1, or booleans), index (B,).
 
-    State: two numbers per sample, 9 bytes with the visit; positives alone use theirs.
+    State: two numbers per sample and label, 9 bytes with the visit; positives alone use theirs.
 
     Departures: the first visit of a sample stores its mini-batch value, as the book has it and
     the authors' library has not (its first gradients are 1 / gamma times too large). ``prior``
@@ -64,57 +61,69 @@ class AveragePrecision(Objective):
     Source: book section 6.4.2, Algorithm 28; Qi et al., NeurIPS 2021.
     """
 
+    prior: Tensor | None
+
     def __init__(
         self,
         num_samples: int,
         gamma: float | GammaSchedule = 0.1,
         *,
         surrogate: Surrogate = SQUARED_HINGE,
-        prior: float | None = None,
+        prior: float | Sequence[float] | None = None,
+        num_labels: int | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if prior is not None and not 0 < prior < 1:
-            raise ValueError(f"prior must be in (0, 1), got {prior}; pass (targets == 1).mean()")
-        self.surrogate, self.prior = surrogate, prior
-        self.inner = InnerEstimator(num_samples, gamma, shape=(2,), state_dtype=state_dtype)
+        given = [prior] if isinstance(prior, float | int) else list(prior or [])
+        if not all(0 < p < 1 for p in given) or len(given) not in (0, 1, num_labels):
+            raise ValueError(
+                f"prior must be in (0, 1), got {prior}; pass (targets == 1).mean(), or one for "
+                f"each of num_labels={num_labels}"
+            )
+        self.surrogate = surrogate
+        self.num_samples, self.num_labels = num_samples, num_labels
+        self.register_buffer(
+            "prior", torch.tensor(given, dtype=state_dtype) if given else None, persistent=False
+        )
+        self.inner = InnerEstimator(
+            num_samples, gamma, shape=(2,), num_labels=num_labels or 1, state_dtype=state_dtype
+        )
 
     def forward(
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        scores, targets, ids = join(widened(scores), targets, require_index(self, index))
+        scores, targets, ids = self.joined(scores, targets, index)
         positive = targets > 0.5
-        g, rows = self._inner_values(scores, positive)
-        anchors = positive[rows]
-        u = self.inner(g, ids[rows], where=anchors)
-        loss = masked_mean(-u[:, 0] / u[:, 1], anchors)
+        pairs = Pairs(scores, positive)
+        u = self.inner(self._inner_values(pairs), pairs.keys(ids), where=pairs.anchors)
+        loss = pairs.mean(-u[:, 0] / u[:, 1], pairs.anchors)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
-                "u/mean": observed_mean(u[:, 1], anchors),
+                "u/mean": observed_mean(u[:, 1], pairs.anchors),
                 "positives": positive.to(scores.dtype).mean(),
-                "skipped": (~positive.any()).to(scores.dtype),
+                "skipped": pairs.skipped(pairs.anchors),
             }
         return ObjectiveOutput(loss, metrics)
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.22) of the given rows, without state."""
-        positive = targets > 0.5
-        g, rows = self._inner_values(widened(scores), positive)
-        return masked_mean(-g[:, 0] / g[:, 1], positive[rows])
+        self.check_shapes(scores=scores, targets=targets)
+        pairs = Pairs(widened(scores), targets > 0.5)
+        g = self._inner_values(pairs)
+        return pairs.mean(-g[:, 0] / g[:, 1], pairs.anchors)
 
-    def _inner_values(self, scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """g_1 and g_2 of each anchor, (A, 2), and the anchors' rows (A,)."""
-        first = positive.to(scores.dtype)
-        weight = torch.full_like(first, 1 / first.numel())
+    def _inner_values(self, pairs: Pairs) -> Tensor:
+        """g_1 and g_2 of each anchor, (A, 2)."""
+        first, weight = pairs.positives, torch.full_like(pairs.positives, 1 / len(pairs.scores))
         if self.prior is not None:
-            share = self.prior / first.sum().clamp(min=1)
-            other = (1 - self.prior) / (1 - first).sum().clamp(min=1)
-            weight = torch.where(positive, share, other)
-        rows, fixed = rows_of(positive), scores.detach()
-        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
-        slope = slope.expand(pairwise.shape)
-        columns = (weight * first, weight)
-        means = [with_pair_gradient(scores, rows, pairwise @ c, slope, c) for c in columns]
-        return torch.stack(means, dim=-1), rows
+            prior = self.prior.to(first.dtype)
+            if pairs.label is not None:
+                prior = prior.expand(pairs.num_labels)[pairs.label, None]
+            share = prior / first.sum(-1, keepdim=True).clamp(min=1)
+            other = (1 - prior) / pairs.negatives.sum(-1, keepdim=True).clamp(min=1)
+            weight = first * share + pairs.negatives * other
+        pairwise, slope = self.surrogate.with_slope(pairs.gap)
+        columns = torch.stack([weight * first, weight])
+        return pairs.attach(pairs.sums(pairwise, columns), slope.expand(pairwise.shape), columns)

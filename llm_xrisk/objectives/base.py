@@ -1,14 +1,15 @@
 """What every objective shares: its face, its output and masked reductions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from llm_xrisk.fcco import InnerEstimator
-from llm_xrisk.fcco.keyed import KeyedState, check_index
+from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco.groups import readable
+from llm_xrisk.fcco.keyed import KeepsDtype, check_index
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ObjectiveOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-class Objective(nn.Module):
+class Objective(KeepsDtype):
     """An objective of per-row scores: state, value, gradient.
 
     ``forward(scores, targets, *, index=None, **groups)`` takes the rows of this process, joins
@@ -39,18 +40,14 @@ class Objective(nn.Module):
     Attributes:
         score: For objectives of sequences, the name of the score they take
             (:mod:`llm_xrisk.objectives.scores`); None for those of plain model outputs.
+        num_samples: Number of samples the state is keyed by; None where no index is needed.
+        num_labels: Number of labels L where rows are (B, L), None where they are (B,).
     """
 
     score: str | None = None
     binary_targets: ClassVar[bool] = True
-
-    @property
-    def num_samples(self) -> int | None:
-        """Number of samples the state is keyed by, or None where there is no state."""
-        for module in self.modules():
-            if isinstance(module, KeyedState):
-                return module.num_samples
-        return None
+    num_samples: int | None = None
+    num_labels: int | None = None
 
     def set_epoch(self, epoch: float) -> None:
         """Let every estimator's gamma follow its schedule."""
@@ -66,6 +63,78 @@ class Objective(nn.Module):
         """The objective on the full set of rows, without state: for validation and as oracle."""
         raise TypeError(f"{type(self).__name__} does not define exact")
 
+    def joined(
+        self, scores: Tensor, targets: Tensor | None, index: Tensor | None = None, **rows: Any
+    ) -> tuple[Any, ...]:
+        """Check the rows of this process, and join those of all: scores, targets, ids, the rest.
+
+        What has a floating-point type comes back in float32 or wider.
+
+        Raises:
+            ValueError: shapes that do not fit, a missing index, or on a CPU labels that are none.
+            IndexError: on a CPU, an index outside [0, num_samples).
+        """
+        self.check_shapes(scores=scores, targets=targets, index=index, **rows)
+        if targets is not None and self.binary_targets and readable(targets):
+            self.check_labels(targets)
+        if self.num_samples is not None:
+            index = require_index(self, index)
+        given = (scores, targets, index, *rows.values())
+        return join(*(t if t is None or not t.is_floating_point() else widened(t) for t in given))
+
+    def check_shapes(self, **rows: Tensor | None) -> None:
+        """Refuse rows that do not belong together: their shapes are known without waiting.
+
+        Raises:
+            ValueError: with the shapes that came and those that are needed.
+        """
+        labels = () if self.num_labels is None else (self.num_labels,)
+        given = {name: t for name, t in rows.items() if t is not None}
+        count = given["scores"].shape[:1]
+        need = {
+            name: (*count, *(labels if name in ("scores", "targets") else ())) for name in given
+        }
+        if any(tuple(t.shape) != need[name] for name, t in given.items()):
+            raise wrong_shapes(self, given, {n: ("rows", *s[1:]) for n, s in need.items()})
+
+    def check_labels(self, targets: Tensor) -> None:
+        """Refuse targets other than 0 and 1, -1 and 1, or booleans; reads them on the host.
+
+        Raises:
+            ValueError: with the values that came.
+        """
+        if targets.dtype == torch.bool or targets.numel() == 0:
+            return
+        if not targets.is_floating_point():
+            low, high = torch.aminmax(targets)
+            if low >= 0 and high <= 1:
+                return
+        zero, signed = targets == 0, targets == -1
+        known = zero | signed | (targets == 1)
+        if not bool(known.all()) or (bool(zero.any()) and bool(signed.any())):
+            listed = cast(list[float], targets.flatten().tolist())  # pyright: ignore[reportUnknownMemberType]
+            raise ValueError(
+                f"{type(self).__name__} needs targets 0 or 1 (or -1 and 1, or booleans), got "
+                f"{sorted({float(v) for v in listed})[:8]}; threshold them first, for example "
+                "(targets >= 0.5)"
+            )
+
+    def stats(self) -> dict[str, float]:
+        """What the state holds, read on the host: for logs now and then, not for every step.
+
+        Returns:
+            For each estimator the share of its samples visited so far and, over these, the mean
+            of the tracked values (logarithms where it keeps them).
+        """
+        found: dict[str, float] = {}
+        named = cast(Iterable[tuple[str, nn.Module]], self.named_modules())  # pyright: ignore[reportUnknownMemberType]
+        for name, module in named:
+            if isinstance(module, InnerEstimator):
+                visited = module.visited
+                found[f"{name}/visited"] = float(visited.float().mean())
+                found[f"{name}/mean"] = float(module.u[visited].float().mean())
+        return found
+
     def check(self, *, targets: Tensor | None = None, index: Tensor | None = None) -> None:
         """Check the values of a batch on the host.
 
@@ -74,52 +143,52 @@ class Objective(nn.Module):
             index: (rows,) sample ids.
 
         Raises:
-            ValueError: targets other than 0 and 1, or a missing index.
+            ValueError: targets other than 0 and 1 (or -1 and 1, or booleans), or a missing index.
             IndexError: index outside [0, num_samples).
         """
         if targets is not None and self.binary_targets:
-            listed = cast(list[float], targets.flatten().tolist())  # pyright: ignore[reportUnknownMemberType]
-            values = sorted({float(v) for v in listed})
-            if any(v not in (0.0, 1.0) for v in values):
-                raise ValueError(
-                    f"{type(self).__name__} needs targets 0 or 1, got {values[:8]}; threshold "
-                    "them first, for example (targets >= 0.5)"
-                )
+            self.check_labels(targets)
         if self.num_samples is not None:
             check_index(require_index(self, index).cpu(), self.num_samples)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of ``values`` where ``mask``, and 0 (with gradient 0) where the mask is empty.
 
     Args:
         values: (R,); what stands outside the mask may be infinite or NaN.
-        mask: (R,) of booleans.
+        mask: (R,) of booleans; None for all rows.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("inf")]), torch.tensor([1, 1, 0]).bool())
         tensor(2.)
     """
+    if mask is None:
+        return values.mean() if values.numel() else values.sum()
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def observed_mean(values: Tensor, mask: Tensor) -> Tensor:
+def observed_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of ``values`` where ``mask``, NaN where the mask is empty: for metrics.
 
     Example:
         >>> observed_mean(torch.tensor([1.0, 3.0]), torch.tensor([False, False]))
         tensor(nan)
     """
+    if mask is None:
+        return values.mean()
     return values.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
-def observed_max(values: Tensor, mask: Tensor) -> Tensor:
+def observed_max(values: Tensor, mask: Tensor | None) -> Tensor:
     """Largest of ``values`` where ``mask``, NaN where the mask is empty: for metrics.
 
     Example:
         >>> observed_max(torch.tensor([-3.0, 5.0]), torch.tensor([True, False]))
         tensor(-3.)
     """
+    if mask is None:
+        return values.amax() if values.numel() else values.mean()
     lowest = values.new_full((1,), float("-inf"))
     largest = torch.cat([torch.where(mask, values, lowest), lowest]).amax()
     return torch.where(mask.any(), largest, float("nan"))
@@ -145,7 +214,20 @@ def require_index(objective: Objective, index: Tensor | None) -> Tensor:
             f"{type(objective).__name__} keeps a value for each sample and got no index; number "
             "the rows with llm_xrisk.data.with_index(dataset) and pass index=batch['index']"
         )
-    for module in objective.modules():
-        if isinstance(module, KeyedState):
-            module.check(index)
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"index must be integers, sample ids from 0 up; got {index.dtype}")
+    if objective.num_samples is not None and readable(index):
+        check_index(index, objective.num_samples)
     return index
+
+
+def wrong_shapes(
+    objective: Objective, given: Mapping[str, Tensor], need: Mapping[str, tuple[Any, ...]]
+) -> ValueError:
+    """The error for rows that do not fit: what came, what is needed, what to do."""
+    got = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
+    wanted = ", ".join(f"{name} ({', '.join(map(str, s))})" for name, s in need.items())
+    return ValueError(
+        f"{type(objective).__name__} got {got} and needs {wanted}; give each row one entry: "
+        "logits[:, 1] - logits[:, 0] or logits.squeeze(-1) are scores of one label"
+    )

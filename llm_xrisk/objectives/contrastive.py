@@ -18,11 +18,11 @@ from llm_xrisk.objectives.base import (
     require_index,
     widened,
 )
+from llm_xrisk.objectives.pair_gradients import with_similarity_gradient
 from llm_xrisk.objectives.pairs import (
     effective_fraction,
     logsumexp,
     same_group,
-    with_similarity_gradient,
 )
 
 
@@ -70,7 +70,10 @@ class GlobalContrastive(Objective):
     Source: book section 6.5.2, Algorithm 34; Yuan et al., ICML 2022.
     """
 
-    binary_targets = False
+    relative: ClassVar[bool] = (
+        False  # whether u is of h_i^T h_j - h_i^T h_i^+ rather than h_i^T h_j
+    )
+    temperature: Temperature
 
     def __init__(
         self,
@@ -84,53 +87,54 @@ class GlobalContrastive(Objective):
         super().__init__()
         if tau <= 0 or eps < 0:
             raise ValueError(f"need tau > 0 and eps >= 0, got tau={tau} and eps={eps}")
-        self.tau, self.log_eps = tau, math.log(eps) if eps else -math.inf
+        self.log_eps = math.log(eps) if eps else -math.inf
+        self.num_samples = num_samples
+        self.temperature = as_temperature(tau)
         self.inner = InnerEstimator(num_samples, gamma, log=True, state_dtype=state_dtype)
 
     def forward(
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined views; see the class."""
-        first, second, ids = join(widened(scores), widened(targets), require_index(self, index))
+        first, second, ids = self.joined(scores, targets, index)
         both = torch.cat([ids, ids])
-        positive, log_g, fraction, anchors = self._similarities(first, second, both)
-        log_u = self.inner(log_g, both, where=anchors)
-        loss = self._loss(positive, log_u, anchors)
+        tau, views = self._views(first, second, both)
+        log_u = self.inner(views.log_g, both, where=views.anchors)
+        loss = self._loss(views, log_u, tau)
         with torch.no_grad():
+            if self.temperature.keyed:
+                z = views.temperature_gradient(self._plus_eps(log_u), self.temperature.rho)
+                self.temperature.step(z, both, views.anchors)
             metrics = {
                 "objective": loss.detach(),
-                "log_u/mean": observed_mean(log_u, anchors),
-                "log_u/max": observed_max(log_u, anchors),
-                "negatives/effective_fraction": observed_mean(fraction, anchors),
-                "similarity/positive": positive.mean(),
-                "skipped": (~anchors.any()).to(positive.dtype),
+                "log_u/mean": observed_mean(log_u, views.anchors),
+                "log_u/max": observed_max(log_u, views.anchors),
+                "negatives/effective_fraction": observed_mean(views.fraction, views.anchors),
+                "similarity/positive": views.positive.mean(),
+                "tau/mean": tau.mean(),
+                "skipped": (~views.anchors.any()).to(tau.dtype),
             }
         return ObjectiveOutput(loss, metrics)
 
     def exact(self, scores: Tensor, targets: Tensor, *, index: Tensor) -> Tensor:
         """(6.42) of the given views, without state."""
+        self.check_shapes(scores=scores, targets=targets, index=index)
         both = torch.cat([index, index])
-        positive, log_g, _, anchors = self._similarities(widened(scores), widened(targets), both)
-        return self._loss(positive, log_g, anchors)
+        tau, views = self._views(widened(scores), widened(targets), both)
+        return self._loss(views, views.log_g, tau)
 
-    def _similarities(
-        self, first: Tensor, second: Tensor, both: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the 2B views: similarity to the positive, log g, how many negatives count, if any."""
-        views, slot = F.normalize(torch.cat([first, second]), dim=-1), slots(both)
-        positive = (views * views.roll(first.shape[0], 0)).sum(-1)
-        with torch.no_grad():
-            exponent = (views / self.tau) @ views.T
-            own = same_group(slot, torch.arange(len(both), device=both.device), views.dtype)
-            exponent.add_(own, alpha=-torch.finfo(views.dtype).max)
-            log_sum, share = logsumexp(exponent)
-            count = len(both) - group_sum(torch.ones_like(log_sum), slot)
-            log_g = log_sum - count.clamp(min=1).log()
-            fraction = effective_fraction(share, count)
-        log_g = with_similarity_gradient(views, log_g, share.div_(self.tau))
-        return positive, log_g, fraction, count > 0
+    def _views(self, first: Tensor, second: Tensor, both: Tensor) -> tuple[Tensor, Contrast]:
+        """Temperature of the 2B views, and what their negatives amount to."""
+        views = normalised(torch.cat([first, second]))
+        tau = self.temperature(views.detach(), both)
+        contrast = contrast_views(views, both, tau, learned=self.temperature.learned)
+        return tau, contrast.relative(tau) if self.relative else contrast
 
-    def _loss(self, positive: Tensor, log_u: Tensor, anchors: Tensor) -> Tensor:
-        if self.log_eps > -math.inf:
-            log_u = torch.logaddexp(log_u, torch.full_like(log_u, self.log_eps))
-        return masked_mean(self.tau * log_u - positive, anchors)
+    def _loss(self, views: Contrast, log_u: Tensor, tau: Tensor) -> Tensor:
+        value = tau * (self._plus_eps(log_u) + self.temperature.rho)
+        return masked_mean(value if self.relative else value - views.positive, views.anchors)
+
+    def _plus_eps(self, log_u: Tensor) -> Tensor:
+        if self.log_eps == -math.inf:
+            return log_u
+        return torch.logaddexp(log_u, torch.full_like(log_u, self.log_eps))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.groups import group_mean, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
@@ -11,7 +11,6 @@ from llm_xrisk.objectives.base import (
     masked_mean,
     observed_max,
     observed_mean,
-    require_index,
     widened,
 )
 from llm_xrisk.objectives.pairs import rows_of
@@ -96,6 +95,7 @@ class DFT(SequenceObjective):
             raise ValueError(f'u_init must be "one" or "first_batch", got {u_init!r}')
         self.tau, self.score, self.importance_weight = tau, score, importance_weight
         initial = 0.0 if u_init == "one" else None
+        self.num_samples = num_samples
         self.inner = InnerEstimator(
             num_samples, gamma, log=True, initial=initial, state_dtype=state_dtype
         )
@@ -109,8 +109,8 @@ class DFT(SequenceObjective):
         ref_log_likelihood: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        scores, targets, ids, ref = join(
-            widened(scores), targets, require_index(self, index), ref_log_likelihood
+        scores, targets, ids, ref = self.joined(
+            scores, targets, index, ref_log_likelihood=ref_log_likelihood
         )
         gold, slot = targets > 0.5, slots(ids)
         exponent = self._exponent(scores, ref)

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco import join
 from llm_xrisk.fcco.groups import group_mean, group_sum, slots
-from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean, widened
+from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean
 from llm_xrisk.objectives.pairs import (
     differences,
     effective_fraction,
@@ -121,8 +120,8 @@ class DisCO(SequenceObjective):
         index: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the penalised objective of the joined rows; see the class."""
-        scores, targets, group, kl, kl_check, length = join(
-            widened(scores), targets, group, kl if kl is None else widened(kl), kl_check, length
+        scores, targets, _, group, kl, kl_check, length = self.joined(
+            scores, targets, group=group, kl=kl, kl_check=kl_check, length=length
         )
         discriminative, metrics = self._discriminative(scores, targets, group)
         if kl is None or length is None:

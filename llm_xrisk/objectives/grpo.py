@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco import join
 from llm_xrisk.fcco.groups import group_sum, slots
 from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean, widened
 from llm_xrisk.objectives.scores import clipped_ratio, k3
@@ -104,7 +103,9 @@ class GRPO(SequenceObjective):
         index: Tensor | None = None,
     ) -> ObjectiveOutput:
         """Return the negative objective of the joined rows; see the class."""
-        scores, targets, group, kl, length = join(widened(scores), targets, group, kl, length)
+        scores, targets, _, group, kl, length = self.joined(
+            scores, targets, group=group, kl=kl, length=length
+        )
         loss, valid = self._loss(scores, targets, group, length)
         with torch.no_grad():
             right = targets > 0.5

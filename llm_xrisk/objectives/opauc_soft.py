@@ -3,24 +3,16 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import (
     Objective,
     ObjectiveOutput,
-    masked_mean,
     observed_max,
     observed_mean,
-    require_index,
     widened,
 )
-from llm_xrisk.objectives.pairs import (
-    differences,
-    effective_fraction,
-    logmeanexp,
-    rows_of,
-    with_pair_gradient,
-)
+from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
@@ -39,12 +31,13 @@ class OPAUCSoft(Objective):
         gamma: Weight of the new mini-batch value in (0, 1]; 0.9 and 0.1 in the authors' recipes.
         tau: Temperature > 0: the smaller, the fewer negatives count; 1.0 in the recipes.
         surrogate: l, non-decreasing.
+        num_labels: L for several labels at once: F is the mean over labels of (6.28).
         state_dtype: dtype of the state.
 
     Shapes:
-        scores (B,), targets (B,) 1 or 0, index (B,).
+        scores (B,) or (B, L), targets the same, 1 or 0 (or 1 and -1, or booleans), index (B,).
 
-    State: one log u per sample, 5 bytes; positives alone use theirs.
+    State: one log u per sample and label, 5 bytes; positives alone use theirs.
 
     Departures: the first visit of a sample stores its mini-batch value and the state is a
     logarithm; the authors' library starts at 0 and overflows from tau = 0.04 down.
@@ -71,46 +64,49 @@ class OPAUCSoft(Objective):
         tau: float = 1.0,
         *,
         surrogate: Surrogate = SQUARED_HINGE,
+        num_labels: int | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if tau <= 0:
             raise ValueError(f"tau must be positive, got {tau}; the authors use 1.0")
         self.tau, self.surrogate = tau, surrogate
-        self.inner = InnerEstimator(num_samples, gamma, log=True, state_dtype=state_dtype)
+        self.num_samples, self.num_labels = num_samples, num_labels
+        self.inner = InnerEstimator(
+            num_samples, gamma, log=True, num_labels=num_labels or 1, state_dtype=state_dtype
+        )
 
     def forward(
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
-        scores, targets, ids = join(widened(scores), targets, require_index(self, index))
-        positive = targets > 0.5
-        log_g, fraction, rows = self._log_inner_values(scores, positive)
-        anchors = positive[rows] & ~positive.all()
-        log_u = self.inner(log_g, ids[rows], where=anchors)
-        loss = self.tau * masked_mean(log_u, anchors)
+        scores, targets, ids = self.joined(scores, targets, index)
+        pairs = Pairs(scores, targets > 0.5)
+        log_g, fraction = self._log_inner_values(pairs)
+        anchors = pairs.contrasted
+        log_u = self.inner(log_g, pairs.keys(ids), where=anchors)
+        loss = self.tau * pairs.mean(log_u, anchors)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
                 "negatives/effective_fraction": observed_mean(fraction, anchors),
-                "skipped": (~anchors.any()).to(scores.dtype),
+                "skipped": pairs.skipped(anchors),
             }
         return ObjectiveOutput(loss, metrics)
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.28) of the given rows, without state."""
-        positive = targets > 0.5
-        log_g, _, rows = self._log_inner_values(widened(scores), positive)
-        return self.tau * masked_mean(log_g, positive[rows] & ~positive.all())
+        self.check_shapes(scores=scores, targets=targets)
+        pairs = Pairs(widened(scores), targets > 0.5)
+        log_g, _ = self._log_inner_values(pairs)
+        return self.tau * pairs.mean(log_g, pairs.contrasted)
 
-    def _log_inner_values(self, scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log g of each anchor (A,), how many negatives count in it, and the anchors' rows."""
-        rows, fixed = rows_of(positive), scores.detach()
-        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
-        negatives = (~positive).to(scores.dtype)
-        log_g, share = logmeanexp(pairwise, negatives, self.tau)
-        fraction = effective_fraction(share, negatives.sum())
+    def _log_inner_values(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Log g of each anchor (A,), and how many negatives count in it."""
+        pairwise, slope = self.surrogate.with_slope(pairs.gap)
+        log_g, share = logmeanexp(pairwise, pairs.negatives, self.tau)
+        fraction = effective_fraction(share, pairs.negatives.sum(-1))
         weight = share.mul_(slope).div_(self.tau)
-        return with_pair_gradient(scores, rows, log_g, weight), fraction, rows
+        return pairs.attach(log_g, weight), fraction

@@ -4,13 +4,14 @@ Pairs are chosen by weights of 0 and 1 in the dtype of the scores, not by boolea
 selecting 512 x 512 entries by a random mask takes as long as computing all the rest.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llm_xrisk.fcco.groups import readable
+from llm_xrisk.objectives.base import masked_mean
+from llm_xrisk.objectives.pair_gradients import with_pair_gradient
 
 
 def rows_of(anchors: Tensor) -> Tensor:
@@ -47,6 +48,92 @@ def same_group(slot: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """
     number = slot.to(dtype)  # slots are small integers, exact in any floating-point type
     return differences(number, number[rows]).eq_(0.0)
+
+
+class Pairs:
+    """The pairs of each positive, its anchor, with all rows; of one label, or of each of several.
+
+    With scores (R, L) a pair is one of the same label, and an anchor is a positive of a label.
+    Nothing here loops over labels, and one label costs no more than it would by itself.
+
+    Args:
+        scores: (R,) or (R, L) with gradient.
+        positive: Booleans of the same shape.
+
+    Attributes:
+        rows: (A,) the anchors' rows; all rows where finding the positives would wait.
+        label: (A,) their labels, None where there is one.
+        anchors: (A,) which of them are positives; None where all are.
+        contrasted: (A,) which are positives of a label that has negatives too; None where all are.
+        gap: (A, R) s_j - s_i, without gradient.
+        positives: Weight 1 where row j is positive: (R,), or (A, R) of the anchor's label.
+        negatives: 1 - positives.
+
+    Example:
+        >>> pairs = Pairs(torch.tensor([2.0, 1.0, 0.5]), torch.tensor([True, False, True]))
+        >>> pairs.gap
+        tensor([[ 0.0000, -1.0000, -1.5000],
+                [ 1.5000,  0.5000,  0.0000]])
+    """
+
+    def __init__(self, scores: Tensor, positive: Tensor) -> None:
+        self.scores, fixed = scores, scores.detach()
+        self.label: Tensor | None = None
+        known = readable(positive)  # then the rows are the anchors
+        if scores.dim() == 1:
+            self.num_labels = 1
+            self.rows = rows_of(positive)
+            self.anchors = None if known else positive
+            self.gap = differences(fixed, fixed[self.rows])
+            self.positives = positive.to(scores.dtype)
+            has_negatives = (~positive).any().expand(len(self.rows))
+        else:
+            self.num_labels = scores.shape[1]
+            place = rows_of(positive.flatten())
+            self.rows, self.label = place // self.num_labels, place % self.num_labels
+            self.anchors = None if known else positive.flatten()
+            self.gap = fixed.T[self.label].sub_(fixed[self.rows, self.label][:, None])
+            self.positives = positive.to(scores.dtype).T[self.label]
+            has_negatives = (~positive).any(0)[self.label]
+        self.negatives = 1 - self.positives
+        if self.anchors is not None:
+            self.contrasted: Tensor | None = self.anchors & has_negatives
+        else:
+            self.contrasted = None if bool(has_negatives.all()) else has_negatives
+
+    def keys(self, ids: Tensor) -> Tensor:
+        """(A,) the state's key of each anchor: its sample, or its sample and label."""
+        own = ids[self.rows]
+        return own if self.label is None else own * self.num_labels + self.label
+
+    def sums(self, values: Tensor, columns: Tensor) -> Tensor:
+        """(A, K) sum over rows j of ``values`` (A, R) times ``columns`` (K, R) or (K, A, R)."""
+        if self.label is None:
+            return values @ columns.T
+        return torch.einsum("aj,kaj->ak", values, columns)
+
+    def attach(self, value: Tensor, slope: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Give ``value`` the gradient slope_ij column_j in s_j - s_i; see with_pair_gradient."""
+        return with_pair_gradient(self.scores, self.rows, value, slope, columns, self.label)
+
+    def mean(self, values: Tensor, where: Tensor | None) -> Tensor:
+        """Mean over labels of the mean of ``values`` (A,) over their anchors in ``where``.
+
+        Labels without one are left out; 0 where nothing is left.
+        """
+        if self.label is None:
+            return masked_mean(values, where)
+        weight = torch.ones_like(values) if where is None else where.to(values.dtype)
+        count = weight.new_zeros(self.num_labels).index_add(0, self.label, weight)
+        weight = weight / count[self.label].clamp(min=1)
+        values = values if where is None else values.masked_fill(~where, 0.0)
+        return (values * weight).sum() / (count > 0).sum().clamp(min=1)
+
+    def skipped(self, where: Tensor | None) -> Tensor:
+        """() 1 where no anchor is in ``where``, else 0: a metric."""
+        if where is None:
+            return self.gap.new_full((), float(len(self.rows) == 0))
+        return (~where.any()).to(self.gap.dtype)
 
 
 def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -100,86 +187,3 @@ def effective_fraction(share: Tensor, count: Tensor) -> Tensor:
     """
     norm = cast(Tensor, torch.linalg.vector_norm(share, dim=-1))  # pyright: ignore[reportUnknownMemberType]
     return 1 / (norm.square() * count).clamp(min=1e-12)
-
-
-def with_pair_gradient(
-    scores: Tensor, rows: Tensor, value: Tensor, slope: Tensor, column: Tensor | None = None
-) -> Tensor:
-    """Give ``value``, computed without graph, its gradient in the scores of all pairs.
-
-    Entry i of ``value`` changes with s_j - s_rows[i] by slope_ij column_j. The backward pass is
-    two products of that matrix with a vector; no other matrix is made or kept.
-
-    Args:
-        scores: (R,) with gradient.
-        rows: (A,) the anchors' rows.
-        value: (A,).
-        slope: (A, R).
-        column: (R,) factors of the columns, or None for 1.
-
-    Example:
-        >>> s, row = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0])
-        >>> gap = differences(s.detach(), s.detach()[row])
-        >>> value = with_pair_gradient(s, row, gap.square().sum(-1), 2 * gap)
-        >>> torch.autograd.grad(value[0], s)
-        (tensor([-4.,  4.]),)
-    """
-    return cast(Tensor, _PairGradient.apply(scores[rows], scores, value, slope, column))  # pyright: ignore[reportUnknownMemberType]
-
-
-def with_similarity_gradient(views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Give ``value``, computed without graph, its gradient in the similarities of all views.
-
-    Entry i of ``value`` changes with the product of views i and j by slope_ij. As above, no
-    matrix of the size of ``slope`` is made or kept beside it.
-
-    Args:
-        views: (R, d) with gradient.
-        value: (R,).
-        slope: (R, R).
-
-    Example:
-        >>> v = torch.tensor([[1.0], [3.0]], requires_grad=True)
-        >>> value = with_similarity_gradient(v, torch.zeros(2), torch.tensor([[0.0, 1.0]] * 2))
-        >>> torch.autograd.grad(value[0], v)                # d(v_0 v_1)
-        (tensor([[3.],
-                [1.]]),)
-    """
-    return cast(Tensor, _SimilarityGradient.apply(views, value, slope))  # pyright: ignore[reportUnknownMemberType]
-
-
-class _PairGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        others: Tensor,
-        value: Tensor,
-        slope: Tensor,
-        column: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(slope, column)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable  # the shares depend on the scores, which this gradient does not know
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        slope, column = ctx.saved_tensors
-        grad = grads[0]
-        as_anchor = slope.sum(-1) if column is None else slope @ column
-        as_other = grad @ slope if column is None else (grad @ slope) * column
-        return -grad * as_anchor, as_other, None, None, None
-
-
-class _SimilarityGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(views, slope)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable  # the shares depend on the scores, which this gradient does not know
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        views, slope = ctx.saved_tensors
-        weight = grads[0][:, None]
-        return weight * (slope @ views) + slope.T @ (weight * views), None, None

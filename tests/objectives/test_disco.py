@@ -355,7 +355,7 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 
 def test_rewards_other_than_zero_and_one_are_refused_and_thresholding_helps() -> None:
     rewards = torch.tensor([0.9, 0.5, 0.1])
-    with pytest.raises(ValueError, match=r"DisCO needs targets 0 or 1, got \[0.1.*threshold"):
+    with pytest.raises(ValueError, match=r"DisCO needs targets 0 or 1 .*got \[0.1.*threshold"):
         DisCO().check(targets=rewards)
     group = torch.zeros(3, dtype=torch.long)
     scores = torch.tensor([0.2, -0.1, 0.4])

@@ -1,0 +1,123 @@
+"""Values computed without graph, given their gradient in all pairs: one matrix, used twice."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def with_pair_gradient(
+    scores: Tensor,
+    rows: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    columns: Tensor | None = None,
+    label: Tensor | None = None,
+) -> Tensor:
+    """Give ``value``, computed without graph, its gradient in the scores of all pairs.
+
+    Entry i of ``value`` changes with s_j - s_rows[i] by slope_ij; with ``columns``, entry (i, k)
+    by slope_ij columns_kj. The backward pass is two products of ``slope`` with a vector (for
+    each k); no other matrix is made or kept. With ``label`` (A,) the scores are (R, L) and the
+    pairs of anchor i are those in its column.
+
+    Args:
+        scores: (R,) or (R, L) with gradient.
+        rows: (A,) the anchors' rows.
+        value: (A,), or (A, K) with columns.
+        slope: (A, R).
+        columns: (K, R), with labels (K, A, R); None for one column of ones.
+        label: (A,) the anchors' labels, None where there is one.
+
+    Example:
+        >>> s, row = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0])
+        >>> gap = s.detach()[None] - s.detach()[row][:, None]
+        >>> value = with_pair_gradient(s, row, gap.square().sum(-1), 2 * gap)
+        >>> torch.autograd.grad(value[0], s)
+        (tensor([-4.,  4.]),)
+    """
+    return cast(Tensor, _PairGradient.apply(scores, rows, label, value, slope, columns))  # pyright: ignore[reportUnknownMemberType]
+
+
+def with_similarity_gradient(views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Give ``value``, computed without graph, its gradient in the similarities of all views.
+
+    Entry i of ``value`` changes with the product of views i and j by slope_ij. As above, no
+    matrix of the size of ``slope`` is made or kept beside it.
+
+    Args:
+        views: (R, d) with gradient.
+        value: (R,).
+        slope: (R, R).
+
+    Example:
+        >>> v = torch.tensor([[1.0], [3.0]], requires_grad=True)
+        >>> value = with_similarity_gradient(v, torch.zeros(2), torch.tensor([[0.0, 1.0]] * 2))
+        >>> torch.autograd.grad(value[0], v)                # d(v_0 v_1)
+        (tensor([[3.],
+                [1.]]),)
+    """
+    return cast(Tensor, _SimilarityGradient.apply(views, value, slope))  # pyright: ignore[reportUnknownMemberType]
+
+
+class _PairGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        rows: Tensor,
+        label: Tensor | None,
+        value: Tensor,
+        slope: Tensor,
+        columns: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, label, slope, columns)
+        ctx.shape = scores.shape
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable  # the shares depend on the scores, which this gradient does not know
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, label, slope, columns = ctx.saved_tensors
+        grad = grads[0]
+        if label is not None:
+            scores = _of_labels(ctx.shape, rows, label, slope, columns, grad)
+            return scores, None, None, None, None, None
+        if columns is None:
+            as_anchor, as_other = grad * slope.sum(-1), grad @ slope
+        else:
+            as_anchor = (grad * (slope @ columns.T)).sum(-1)
+            as_other = ((grad.T @ slope) * columns).sum(0)
+        scores = as_other.index_add_(0, rows, as_anchor, alpha=-1)
+        return scores, None, None, None, None, None
+
+
+def _of_labels(
+    shape: torch.Size,
+    rows: Tensor,
+    label: Tensor,
+    slope: Tensor,
+    columns: Tensor | None,
+    grad: Tensor,
+) -> Tensor:
+    """The gradient in scores (R, L) of pairs within labels."""
+    weight = grad[:, None] if columns is None else torch.einsum("ak,kaj->aj", grad, columns)
+    pull = slope * weight
+    scores = pull.new_zeros(shape[1], shape[0]).index_add_(0, label, pull).T.contiguous()
+    scores.view(-1).index_add_(0, rows * shape[1] + label, pull.sum(-1), alpha=-1)
+    return scores
+
+
+class _SimilarityGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(views, slope)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable  # the shares depend on the scores, which this gradient does not know
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        views, slope = ctx.saved_tensors
+        weight = grads[0][:, None]
+        return weight * (slope @ views) + slope.T @ (weight * views), None, None
