@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import math
 import pickle
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -54,16 +55,23 @@ class Result:
     loss: Tensor
     gradients: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    parameters: dict[str, Tensor]
 
 
 def evaluate(objective: Objective, batch: Batch) -> Result:
-    """Loss, gradients in the leaves, metrics."""
+    """Loss, gradients in the leaves and in the objective's own parameters, metrics."""
     tensors = batch.copy().tensors()
-    leaves = [tensors[name] for name in batch.leaves]
+    own = dict(objective.named_parameters())
+    leaves = [tensors[name] for name in batch.leaves] + list(own.values())
     output: ObjectiveOutput = objective(**tensors)
     gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
-    named = dict(zip(batch.leaves, gradients, strict=True))
-    return Result(output.loss.detach(), named, dict(output.metrics))
+    rows, rest = gradients[: len(batch.leaves)], gradients[len(batch.leaves) :]
+    return Result(
+        output.loss.detach(),
+        dict(zip(batch.leaves, rows, strict=True)),
+        dict(output.metrics),
+        dict(zip(own, rest, strict=True)),
+    )
 
 
 def state(objective: Objective) -> dict[str, Tensor]:
@@ -95,6 +103,8 @@ class ObjectiveContract:
     objective_class: ClassVar[type[Objective]]
     options: ClassVar[dict[str, Any]] = {}
     num_samples: ClassVar[int] = 12
+    # duals and parameters move by steps of their own: gamma = 1 does not make them the batch's
+    has_duals: ClassVar[bool] = False
 
     def build(self, **overrides: Any) -> Objective:
         """An objective in float64 with gamma = 0.3 where it has a state, both to be overridden."""
@@ -136,6 +146,7 @@ class ObjectiveContract:
         return {
             "loss": [float(result.loss) for result in results],
             "gradients": [{k: v.numpy() for k, v in r.gradients.items()} for r in results],
+            "parameters": [{k: v.numpy() for k, v in r.parameters.items()} for r in results],
             "state": {name: value.numpy() for name, value in objective.state_dict().items()},
         }
 
@@ -178,23 +189,37 @@ class ObjectiveContract:
         before = state(objective)
         value = evaluate(objective.eval(), second).loss
         assert_same(state(objective), before)
-        fresh = evaluate(self.build(gamma=1.0), second).loss
-        torch.testing.assert_close(value, fresh, rtol=1e-12, atol=1e-12)
+        if not self.has_duals:
+            fresh = evaluate(self.build(gamma=1.0), second).loss
+            torch.testing.assert_close(value, fresh, rtol=1e-12, atol=1e-12)
 
     def test_unvisited_samples_keep_their_state(self) -> None:
         objective = self.build()
         before = state(objective)
         batch = self.batches(1)[0]
         evaluate(objective, batch)
-        unseen = (
-            sorted(set(range(self.num_samples)) - set(batch.groups["index"].tolist()))
-            if (before and "index" in batch.groups)
-            else []
-        )
-        assert not before or unseen, "the batch should leave some sample unvisited"
-        for name, value in state(objective).items():
-            assert torch.equal(value[unseen], before[name][unseen])
-            assert not torch.equal(value, before[name])
+        after = state(objective)
+        moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
+        assert bool(moved) == bool(before.keys() - dict(objective.named_parameters()).keys())
+        if objective.num_samples is None:
+            return
+        unseen = sorted(set(range(self.num_samples)) - set(batch.groups["index"].tolist()))
+        assert unseen, "the batch should leave some sample unvisited"
+        for name, value in after.items():
+            if len(value) % self.num_samples == 0:  # by sample, or by sample and label
+                by_sample = (self.num_samples, -1)
+                rows, old = value.reshape(by_sample), before[name].reshape(by_sample)
+                assert torch.equal(rows[unseen], old[unseen])
+
+    @pytest.mark.parametrize("gamma", [0.9, 0.1, 0.01])
+    def test_the_first_visit_has_the_gradient_of_the_minibatch_for_every_gamma(
+        self, gamma: float
+    ) -> None:
+        batch = self.batches(1)[0]
+        want = evaluate(self.build(gamma=1.0, u_init="first_batch"), batch)
+        got = evaluate(self.build(gamma=gamma, u_init="first_batch"), batch)
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=1e-12)
+        assert_same(got.gradients, want.gradients, 1e-12)
 
     def test_state_survives_every_way_of_copying(self) -> None:
         objective = self.build()
@@ -212,28 +237,43 @@ class ObjectiveContract:
             assert torch.equal(got.loss, want.loss)
             assert_same(state(other), state(objective))
 
-    def test_five_steps_and_five_more_are_ten(self) -> None:
+    @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+    def test_five_steps_and_five_more_are_ten(self, optimizer: type[torch.optim.Optimizer]) -> None:
         batches = self.batches(10)
-        whole, weights = self.train(self.build(), batches, None)
-        half, middle = self.train(self.build(), batches[:5], None)
-        resumed = self.build()
-        resumed.load_state_dict(half.state_dict())
-        resumed, last = self.train(resumed, batches[5:], middle)
-        assert_same(last, weights)
-        assert_same(state(resumed), state(whole))
+        whole = self.train(batches, optimizer)
+        half = self.train(batches[:5], optimizer)
+        kept = copy.deepcopy(half["objective"])
+        resumed = self.train(batches[5:], optimizer, half)
+        assert_same(resumed["weights"], whole["weights"])
+        assert_same(resumed["objective"], whole["objective"])
+        assert_same(half["objective"], kept)  # loading leaves a checkpoint as it is
 
-    @staticmethod
     def train(
-        objective: Objective, batches: list[Batch], weights: dict[str, Tensor] | None
-    ) -> tuple[Objective, dict[str, Tensor]]:
-        """Gradient descent on an offset of every leaf."""
-        weights = dict(weights or {name: torch.zeros(()) for name in batches[0].leaves})
+        self,
+        batches: list[Batch],
+        optimizer: type[torch.optim.Optimizer],
+        checkpoint: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Train a factor of every leaf, and the objective's parameters; return a checkpoint."""
+        objective = self.build()
+        weights = {name: torch.zeros((), requires_grad=True) for name in batches[0].leaves}
+        options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {"weight_decay": 0.1}
+        opt = optimizer([*weights.values(), *objective.parameters()], lr=0.1, **options)
+        if checkpoint is not None:
+            objective.load_state_dict(checkpoint["objective"])
+            opt.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # torch shares tensors
+            for name, weight in weights.items():
+                weight.data = checkpoint["weights"][name].clone()
         for batch in batches:
             moved = batch.map(lambda name, t: t + weights[name] * t if name in weights else t)
-            result = evaluate(objective, moved)
-            for name, gradient in result.gradients.items():
-                weights[name] = weights[name] - 0.1 * (gradient * batch.tensors()[name]).sum()
-        return objective, weights
+            opt.zero_grad()
+            objective(**moved.tensors()).loss.backward()
+            opt.step()
+        return {
+            "objective": state(objective),
+            "optimizer": copy.deepcopy(opt.state_dict()),
+            "weights": {name: weight.detach().clone() for name, weight in weights.items()},
+        }
 
     def test_row_order_does_not_matter(self) -> None:
         one, other = self.build(), self.build()
@@ -243,6 +283,7 @@ class ObjectiveContract:
             torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=1e-12)
             permuted = {name: value[order] for name, value in want.gradients.items()}
             assert_same(got.gradients, permuted, 1e-12)
+            assert_same(got.parameters, want.parameters, 1e-12)
         assert_same(state(other), state(one), 1e-12)
 
     def test_a_batch_given_twice_is_the_same_batch(self) -> None:
@@ -254,6 +295,7 @@ class ObjectiveContract:
             torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=1e-12)
             summed = {name: g[:count] + g[count:] for name, g in got.gradients.items()}
             assert_same(summed, want.gradients, 1e-12)
+            assert_same(got.parameters, want.parameters, 1e-12)
         assert_same(state(other), state(one), 1e-12)
 
     @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -266,6 +308,97 @@ class ObjectiveContract:
             assert all(gradient.isfinite().all() for gradient in result.gradients.values())
         visited = {name: value for name, value in state(objective).items() if name.endswith("u")}
         assert all(value.isfinite().all() for value in visited.values())
+
+    def at_temperature(self, tau: float) -> dict[str, Any]:
+        """The options under which the objective is as sharp as ``tau`` makes it."""
+        return {"tau": tau}
+
+    def reach(self, tau: float) -> float:
+        """The largest score at which |l| / tau stays below 1e4; here of squared hinges."""
+        return (100 * math.sqrt(tau) - 1) / 2
+
+    @property
+    def temperatures(self) -> list[float]:
+        taken = inspect.signature(self.objective_class).parameters
+        names = [name for name in self.at_temperature(1.0) if name in taken]
+        return [1.0, 0.1, 0.01, 0.001] if names else [1.0]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_scores_to_a_hundred_are_finite_at_any_temperature(self, dtype: torch.dtype) -> None:
+        for tau in self.temperatures:
+            objective = self.build(state_dtype=torch.float32, **self.at_temperature(tau))
+            for batch in self.batches(3):
+                result = evaluate(objective, self.stretched(batch, 100.0).to(dtype))
+                assert result.loss.isfinite()
+                assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_gradients_are_those_of_float64_on_the_same_rows(self, dtype: torch.dtype) -> None:
+        for tau in self.temperatures:
+            options = self.at_temperature(tau)
+            narrow = self.build(state_dtype=torch.float32, **options)
+            wide = self.build(**options)
+            for batch in self.batches(3):
+                rounded = self.stretched(batch, min(100.0, self.reach(tau))).to(dtype)
+                got, want = evaluate(narrow, rounded), evaluate(wide, rounded.to(torch.float64))
+                for name, gradient in want.gradients.items():
+                    error = (got.gradients[name].to(torch.float64) - gradient).norm()
+                    # the last rounding is that of the rows' own type, to which gradients return
+                    slack = (1e-3 + torch.finfo(dtype).eps / 2) * gradient.norm()
+                    assert error <= slack + torch.finfo(dtype).tiny, (tau, name, error / slack)
+
+    @staticmethod
+    def stretched(batch: Batch, size: float) -> Batch:
+        """Scores with the largest at ``size``."""
+        return replace(batch, scores=batch.scores * (size / batch.scores.abs().max()))
+
+    def test_labels_of_every_convention_are_the_same(self) -> None:
+        batch = self.batches(1)[0]
+        if not self.objective_class.binary_targets:
+            return
+        ones = (batch.targets > 0.5).long()
+        want = evaluate(self.build(), batch)
+        for targets in (ones, ones.bool(), 2 * ones - 1, ones.to(torch.float32)):
+            got = evaluate(self.build(), replace(batch, targets=targets))
+            assert torch.equal(got.loss, want.loss)
+            assert_same(got.gradients, want.gradients)
+
+    def test_labels_that_are_none_are_refused_by_name(self) -> None:
+        batch = self.batches(1)[0]
+        if not self.objective_class.binary_targets:
+            return
+        ones = (batch.targets > 0.5).long()
+        mixed = ones.clone()
+        mixed.view(-1)[:2] = torch.tensor([-1, 0])
+        for targets in (ones + 1, ones * 0.4, mixed, torch.where(ones == 1, math.nan, 0.0)):
+            with pytest.raises(ValueError, match=rf"{type(self.build()).__name__} needs targets 0"):
+                evaluate(self.build(), replace(batch, targets=targets))
+
+    def test_rows_that_do_not_belong_together_are_refused_by_name(self) -> None:
+        batch = self.batches(1)[0]
+        name = self.objective_class.__name__
+        wrong = [replace(batch, targets=batch.targets[:-1])]
+        if batch.scores.dim() == 1:
+            wrong.append(replace(batch, scores=torch.stack([batch.scores, batch.scores], -1)))
+        if "index" in batch.groups:
+            groups = batch.groups | {"index": batch.groups["index"][:-1]}
+            wrong.append(replace(batch, groups=groups))
+            floats = batch.groups | {"index": batch.groups["index"].to(torch.float32)}
+            with pytest.raises(ValueError, match="index must be integers"):
+                evaluate(self.build(), replace(batch, groups=floats))
+        for bad in wrong:
+            with pytest.raises(ValueError, match=rf"{name} got .*scores \(.* needs .*scores \("):
+                evaluate(self.build(), bad)
+
+    def test_stats_tell_how_much_of_the_data_was_visited(self) -> None:
+        objective = self.build()
+        before = objective.stats()
+        assert all(share == 0.0 for name, share in before.items() if name.endswith("visited"))
+        evaluate(objective, self.batches(1)[0])
+        after = objective.stats()
+        assert after.keys() == before.keys()
+        assert all(0 < share <= 1 for name, share in after.items() if name.endswith("visited"))
+        assert all(math.isfinite(value) for value in after.values())
 
     def test_a_batch_without_pairs_is_harmless(self) -> None:
         objective = self.build()
@@ -296,8 +429,10 @@ class ObjectiveContract:
         assert_same(state(rounded), state(precise), 1e-5)
 
     @pytest.mark.dist
-    @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.75, 0.25), (1.0, 0.0)])
-    def test_two_processes_are_one(self, gloo_pool: GlooPool, shares: tuple[float, ...]) -> None:
+    @pytest.mark.parametrize("shares", [(0.5, 0.5), (1.0, 0.0), (0.3, 0.2, 0.0, 0.5)])
+    def test_several_processes_are_one(
+        self, gloo_pool: GlooPool, shares: tuple[float, ...]
+    ) -> None:
         self.assert_ranks_equal_one_process(gloo_pool, shares)
 
     def assert_ranks_equal_one_process(self, pool: GlooPool, shares: tuple[float, ...]) -> None:
@@ -314,6 +449,10 @@ class ObjectiveContract:
                 for name, gradient in whole.items():
                     expected = world * gradient[local]  # data parallelism averages over ranks
                     assert mine[name] == pytest.approx(expected, rel=1e-10, abs=1e-14)
+            # objectives stand outside the data-parallel wrapper: nothing averages these
+            for mine, whole in zip(got["parameters"], want["parameters"], strict=True):
+                for name, gradient in whole.items():
+                    assert mine[name] == pytest.approx(gradient, rel=1e-10, abs=1e-14)
 
     compile_backend: ClassVar[str] = "aot_eager"
 
@@ -352,6 +491,8 @@ class ObjectiveContract:
         evaluate(objective, replace(frozen, scores=start.scores))
         first = evaluate(objective, frozen)
         assert torch.equal(first.loss, want.loss) == (not state(objective))
+        if self.has_duals:
+            return
         for _ in range(80):
             evaluate(objective, frozen)
         assert_same(state(objective), state(exact), 1e-10)

@@ -7,6 +7,7 @@ import torch
 
 from llm_xrisk.objectives import AveragePrecision, Objective
 from tests.contract import Batch, ObjectiveContract, evaluate
+from tests.objectives.several_labels import each_label, three_labels
 from tests.reference import average_precision as reference
 
 F64 = torch.float64
@@ -81,6 +82,31 @@ class TestAveragePrecisionAtAPrior(TestAveragePrecision):
         assert result.loss.item() == pytest.approx(-(1 + positives / (positives + negatives)) / 2)
 
 
+class TestAveragePrecisionOfSeveralLabels(TestAveragePrecision):
+    options: ClassVar[dict[str, Any]] = {"num_labels": 3, "prior": [0.1, 0.2, 0.4]}
+
+    def make_batch(self, generator: torch.Generator) -> Batch:
+        return three_labels(generator)
+
+    def reference(
+        self, batch: Batch, u: dict[int, Any], gamma: float
+    ) -> tuple[float, dict[str, Any]]:
+        index, prior = batch.groups["index"].tolist(), self.options["prior"]
+
+        def one(label: int, scores: list[float], positive: list[bool], own: dict[int, Any]) -> Any:
+            return reference.step(scores, positive, index, own, gamma=gamma, prior=prior[label])
+
+        return each_label(batch, u, one, any)
+
+    def test_worked_example(self) -> None:
+        scores = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        batch = Batch(scores, torch.tensor([[1, 0], [0, 0], [1, 0]]), {"index": torch.arange(3)})
+        # the first label is the example of one label, the second has no positive and is left out
+        result = evaluate(AveragePrecision(num_samples=3, num_labels=2), batch)
+        assert result.loss.item() == pytest.approx(-(1 / 1 + (9 + 1) / (9 + 4 + 1)) / 2)
+        assert not result.gradients["scores"][:, 1].any()
+
+
 def test_all_positive_is_perfect_and_has_no_gradient() -> None:
     batch = Batch(torch.randn(5, dtype=F64), torch.ones(5), {"index": torch.arange(5)})
     result = evaluate(AveragePrecision(num_samples=5, state_dtype=F64), batch)
@@ -132,6 +158,16 @@ def test_training_raises_the_average_precision_of_a_toy() -> None:
         optimizer.step()
     assert before < 0.3
     assert average_precision() > 0.8
+
+
+def test_one_prior_serves_all_labels_and_two_do_not_serve_three() -> None:
+    batch = three_labels(torch.Generator().manual_seed(0))
+    options = {"num_samples": 12, "num_labels": 3, "state_dtype": F64}
+    shared = evaluate(AveragePrecision(prior=0.2, **options), batch)
+    repeated = evaluate(AveragePrecision(prior=[0.2] * 3, **options), batch)
+    assert torch.equal(shared.loss, repeated.loss)
+    with pytest.raises(ValueError, match=r"got \[0.1, 0.2\].*num_labels=3"):
+        AveragePrecision(prior=[0.1, 0.2], **options)
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0, 1.5])

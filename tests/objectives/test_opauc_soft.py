@@ -9,6 +9,7 @@ import torch
 from llm_xrisk.objectives import Objective, OPAUCSoft
 from llm_xrisk.objectives.surrogates import Logistic
 from tests.contract import Batch, ObjectiveContract, evaluate
+from tests.objectives.several_labels import each_label, three_labels
 from tests.objectives.test_average_precision import imbalanced
 from tests.reference import opauc_soft as reference
 
@@ -52,6 +53,34 @@ class TestOPAUCSoft(ObjectiveContract):
         assert result.loss.item() == pytest.approx(0.5 * math.log(sum(weights) / 2))
         push = weights[0] / sum(weights) * 2 * 0.5
         assert result.gradients["scores"].tolist() == pytest.approx([-push, push, 0.0])
+
+
+class TestOPAUCSoftOfSeveralLabels(TestOPAUCSoft):
+    options: ClassVar[dict[str, Any]] = {"tau": 0.7, "num_labels": 3}
+    compile_backend: ClassVar[str] = "aot_eager"
+
+    def make_batch(self, generator: torch.Generator) -> Batch:
+        return three_labels(generator)
+
+    def reference(
+        self, batch: Batch, u: dict[int, Any], gamma: float
+    ) -> tuple[float, dict[str, Any]]:
+        index = batch.groups["index"].tolist()
+
+        def one(label: int, scores: list[float], positive: list[bool], own: dict[int, Any]) -> Any:
+            return reference.step(scores, positive, index, own, gamma=gamma, tau=0.7)
+
+        return each_label(batch, u, one, lambda column: any(column) and not all(column))
+
+    def test_worked_example(self) -> None:
+        scores = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.5]])
+        targets = torch.tensor([[1, 0], [0, 1], [0, 0]])
+        batch = Batch(scores, targets, {"index": torch.arange(3)})
+        # l = ((1 + 0.5 - 1)^2, (1 + 0 - 1)^2) of the first label, (1, 1.5^2) of the second
+        sums = [math.exp(0.25 / 0.5) + math.exp(0), math.exp(1 / 0.5) + math.exp(2.25 / 0.5)]
+        result = evaluate(OPAUCSoft(num_samples=3, tau=0.5, num_labels=2), batch)
+        want = [0.5 * math.log(total / 2) for total in sums]
+        assert result.loss.item() == pytest.approx(sum(want) / 2)
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.1, 0.01, 0.001])
