@@ -1,11 +1,12 @@
-"""Score, weigh, backprop: how any objective of sequences trains any model under any layout.
+"""Score, weigh, backprop: how any objective of rows trains any model under any layout.
 
 An objective needs the scores of whole groups and often of the whole mini-batch; a micro-batch
 holds fewer. So the two never meet. For each optimizer step:
 
-1. score: the scalars of every row, without graph, in micro-batches of any layout;
-2. weigh: the objective on all of them gives the derivative of the loss in each scalar;
-3. backprop: micro-batch by micro-batch, backward of the sum of derivative times scalar.
+1. score: the numbers of every row (a score, or its features), without graph, in micro-batches of
+   any layout;
+2. weigh: the objective on all of them gives the derivative of the loss in each number;
+3. backprop: micro-batch by micro-batch, backward of the sum of derivative times number.
 
 Loss and gradient then depend on nothing but the rows. The first pass costs a forward; it is left
 out where the whole mini-batch is one micro-batch, where the scores are known already, and where
@@ -16,6 +17,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from transformers import Trainer
 from llm_xrisk.data.collators import select_rows
 from llm_xrisk.fcco import join
 from llm_xrisk.models import TokenLogProbs, token_log_probs
-from llm_xrisk.objectives import ObjectiveOutput, SequenceObjective
+from llm_xrisk.objectives import Objective, ObjectiveOutput
 from llm_xrisk.rollout.scoring import evaluation_mode
 from llm_xrisk.rollout.weight_sync import unwrap_model
 from llm_xrisk.trainers.callbacks import EpochCallback, TrainBeginCallback
@@ -40,7 +42,7 @@ from llm_xrisk.trainers.checkpoint import (
 from llm_xrisk.trainers.loading import is_peft, keep_outputs_narrow
 
 Batch = dict[str, Any]
-_ROW_COLUMNS = ("index", "group", "length", "ref_log_likelihood")
+_ROW_COLUMNS = ("index", "group", "query", "length", "ref_log_likelihood")
 
 
 class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
@@ -55,12 +57,15 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         objective: The objective, on the trainer's device.
         temperature: Of the policy that is scored.
         mean_over_groups: Whether the loss is a mean over groups that micro-batches keep whole.
+        replays_randomness: Whether rows are scored in train mode, and the backward pass draws the
+            same random numbers again (dropout as augmentation); by default in eval mode.
     """
 
-    objective: SequenceObjective
+    objective: Any
     model_wrapped: Any  # transformers types it as optional
     temperature: float = 1.0
     mean_over_groups: bool = False
+    replays_randomness: bool = False
     _method: str  # for the model card
     _source: str
     _tag_names: tuple[str, ...] = ()
@@ -68,7 +73,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     # losses are those of the whole mini-batch: nothing divides them by the accumulation steps
     loss_is_scaled_for_ga = True
 
-    def setup_objective(self, objective: SequenceObjective) -> None:
+    def setup_objective(self, objective: Objective) -> None:
         """Take the objective; call after ``Trainer.__init__``.
 
         Raises:
@@ -131,7 +136,8 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     ) -> Any:
         """The objective itself where a batch is whole, else the weighted sum of its scores."""
         self.objective.train(model.training)
-        rows = self.row_scores(model, inputs)
+        with self._randomness(inputs):
+            rows = self.row_scores(model, inputs)
         if "coefficients" not in inputs:
             output = self._objective_of(rows, inputs)
             share = inputs.get("share")
@@ -166,19 +172,22 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     @torch.no_grad()
     def _weigh(self, batches: list[Batch]) -> list[Batch]:
         self.objective.train()
-        with evaluation_mode(self.model_wrapped), self.compute_loss_context_manager():
-            scored = [
-                b.get("row_scores") or self.row_scores(self.model_wrapped, b) for b in batches
-            ]
+        if self.replays_randomness:
+            seeds = torch.randint(
+                2**62, (len(batches),)
+            ).tolist()  # of the CPU: checkpoints have it
+            own = self.args.process_index
+            batches = [b | {"seed": s + own} for b, s in zip(batches, seeds, strict=True)]
+        scored = [b.get("row_scores") or self._scored(b) for b in batches]
         names = list(scored[0])
         rows = {n: torch.cat([s[n] for s in scored]).detach().requires_grad_() for n in names}
-        columns = [n for n in ("targets", "length", *self._row_columns) if n in batches[0]]
+        columns = [n for n in ("targets", *self._row_columns) if n in batches[0]]
         merged = {n: torch.cat([b[n] for b in batches]) for n in columns}
         with torch.enable_grad():
             output = self._objective_of(rows, merged)
             grads = torch.autograd.grad(output.loss, list(rows.values()), allow_unused=True)
         self.record(dict(output.metrics), "train")
-        sizes = [b["targets"].shape[0] for b in batches]
+        sizes = [next(iter(s.values())).shape[0] for s in scored]
         split = {
             n: (torch.zeros_like(rows[n]) if g is None else g).split(sizes)
             for n, g in zip(names, grads, strict=True)
@@ -190,11 +199,30 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
             for k, b in enumerate(batches)
         ]
 
+    def _scored(self, batch: Batch) -> dict[str, Tensor]:
+        """The numbers of a micro-batch's rows, without graph."""
+        model = self.model_wrapped
+        mode = nullcontext() if self.replays_randomness else evaluation_mode(model)
+        with mode, self.compute_loss_context_manager(), self._randomness(batch):
+            return self.row_scores(model, batch)
+
+    @contextmanager
+    def _randomness(self, batch: Batch) -> Iterator[None]:
+        """Draw the numbers that belong to a micro-batch, and leave the generators as found."""
+        if "seed" not in batch:
+            yield
+            return
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(batch["seed"])  # pyright: ignore[reportUnknownMemberType]
+            yield
+
     def _objective_of(self, rows: dict[str, Tensor], batch: Batch) -> ObjectiveOutput:
-        extra = {name: batch[name] for name in self._row_columns if name in batch}
+        names = ("targets", *self._row_columns)
+        given = {name: batch[name] for name in names if name in batch} | rows
         # sums over rows stay in the scores' precision, whatever the model computes in
         with torch.autocast(self.args.device.type, enabled=False):
-            return self.objective(targets=batch["targets"], **rows, **extra)
+            return self.objective(**given)
 
     def _group_shares(self, batches: list[Batch]) -> list[Tensor] | None:
         """Each batch's share of the groups, or None where a sample stands in two batches."""
@@ -343,7 +371,8 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
 
 def _without_inert_rows(batch: Batch) -> Batch:
     """Drop rows whose derivatives are all zero: they cost a backward pass and change nothing."""
-    active = torch.stack([c != 0 for c in batch["coefficients"].values()]).any(0)
+    coefficients = batch["coefficients"].values()
+    active = torch.stack([(c != 0).reshape(len(c), -1).any(-1) for c in coefficients]).any(0)
     rows = active.nonzero().squeeze(-1)
     if len(rows) == len(active):
         return batch

@@ -27,7 +27,7 @@ def three_labels(generator: torch.Generator) -> Batch:
 def each_label(
     batch: Batch, u: dict[int, Any], one: OneLabel, usable: Callable[[list[bool]], bool]
 ) -> tuple[float, dict[str, Any]]:
-    """The mean over usable labels of ``one(label, scores, positive, u)``; keys are sample L + label."""
+    """Mean over usable labels of ``one(label, scores, positive, u)``; keys: sample L + label."""
     columns = [batch.targets[:, k].bool().tolist() for k in range(LABELS)]
     used = [k for k in range(LABELS) if usable(columns[k])]
     loss, gradient = 0.0, [[0.0] * LABELS for _ in batch.scores]
