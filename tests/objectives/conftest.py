@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("tests.contract")
+pytest.register_assert_rewrite("tests.batches", "tests.contract", "tests.contract_inputs")
 
 from tests.gloo import GlooPool  # noqa: E402
 

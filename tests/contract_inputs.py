@@ -1,0 +1,149 @@
+"""What objectives make of rows at the edge: large ones, narrow types, labels, wrong shapes."""
+
+import inspect
+import math
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from llm_xrisk.objectives import Objective
+from tests.batches import Batch, assert_same, evaluate, state
+
+
+class InputContract:
+    """Inherited tests of what is computed and what is refused; see ``tests/contract.py``."""
+
+    objective_class: ClassVar[type[Objective]]
+    num_samples: ClassVar[int]
+
+    def build(self, **overrides: Any) -> Objective:
+        raise NotImplementedError
+
+    def batches(self, count: int, seed: int = 0) -> list[Batch]:
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("size", [1e4, -1e4])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_huge_scores_stay_finite(self, size: float, dtype: torch.dtype) -> None:
+        objective = self.build(state_dtype=dtype)
+        for batch in self.batches(3):
+            result = evaluate(objective, batch.scaled(size).to(dtype))
+            assert result.loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+        visited = {name: value for name, value in state(objective).items() if name.endswith("u")}
+        assert all(value.isfinite().all() for value in visited.values())
+
+    def at_temperature(self, tau: float) -> dict[str, Any]:
+        """The options under which the objective is as sharp as ``tau`` makes it."""
+        return {"tau": tau}
+
+    def reach(self, tau: float) -> float:
+        """The largest score at which |l| / tau stays below 1e4; here of squared hinges."""
+        return (100 * math.sqrt(tau) - 1) / 2
+
+    @property
+    def temperatures(self) -> list[float]:
+        taken = inspect.signature(self.objective_class).parameters
+        names = [name for name in self.at_temperature(1.0) if name in taken]
+        return [1.0, 0.1, 0.01, 0.001] if names else [1.0]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_scores_to_a_hundred_are_finite_at_any_temperature(self, dtype: torch.dtype) -> None:
+        for tau in self.temperatures:
+            objective = self.build(state_dtype=torch.float32, **self.at_temperature(tau))
+            for batch in self.batches(3):
+                result = evaluate(objective, self.stretched(batch, 100.0).to(dtype))
+                assert result.loss.isfinite()
+                assert all(gradient.isfinite().all() for gradient in result.gradients.values())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_gradients_are_those_of_float64_on_the_same_rows(self, dtype: torch.dtype) -> None:
+        for tau in self.temperatures:
+            options = self.at_temperature(tau)
+            narrow = self.build(state_dtype=torch.float32, **options)
+            wide = self.build(**options)
+            for batch in self.batches(3):
+                rounded = self.stretched(batch, min(100.0, self.reach(tau))).to(dtype)
+                got, want = evaluate(narrow, rounded), evaluate(wide, rounded.to(torch.float64))
+                for name, gradient in want.gradients.items():
+                    error = (got.gradients[name].to(torch.float64) - gradient).norm()
+                    # the last rounding is that of the rows' own type, to which gradients return
+                    slack = (1e-3 + torch.finfo(dtype).eps / 2) * gradient.norm()
+                    assert error <= slack + torch.finfo(dtype).tiny, (tau, name, error / slack)
+
+    @staticmethod
+    def stretched(batch: Batch, size: float) -> Batch:
+        """Scores with the largest at ``size``."""
+        return replace(batch, scores=batch.scores * (size / batch.scores.abs().max()))
+
+    def test_labels_of_every_convention_are_the_same(self) -> None:
+        batch = self.batches(1)[0]
+        if not self.objective_class.binary_targets:
+            return
+        ones = (batch.targets > 0.5).long()
+        want = evaluate(self.build(), batch)
+        for targets in (ones, ones.bool(), 2 * ones - 1, ones.to(torch.float32)):
+            got = evaluate(self.build(), replace(batch, targets=targets))
+            assert torch.equal(got.loss, want.loss)
+            assert_same(got.gradients, want.gradients)
+
+    def test_labels_that_are_none_are_refused_by_name(self) -> None:
+        batch = self.batches(1)[0]
+        if not self.objective_class.binary_targets:
+            return
+        ones = (batch.targets > 0.5).long()
+        mixed = ones.clone()
+        mixed.view(-1)[:2] = torch.tensor([-1, 0])
+        for targets in (ones + 1, ones * 0.4, mixed, torch.where(ones == 1, math.nan, 0.0)):
+            with pytest.raises(ValueError, match=rf"{type(self.build()).__name__} needs targets 0"):
+                evaluate(self.build(), replace(batch, targets=targets))
+
+    def test_rows_that_do_not_belong_together_are_refused_by_name(self) -> None:
+        batch = self.batches(1)[0]
+        name = self.objective_class.__name__
+        wrong = [replace(batch, targets=batch.targets[:-1])]
+        if batch.scores.dim() == 1:
+            wrong.append(replace(batch, scores=torch.stack([batch.scores, batch.scores], -1)))
+        if "index" in batch.groups:
+            groups = batch.groups | {"index": batch.groups["index"][:-1]}
+            wrong.append(replace(batch, groups=groups))
+            floats = batch.groups | {"index": batch.groups["index"].to(torch.float32)}
+            with pytest.raises(ValueError, match="index must be integers"):
+                evaluate(self.build(), replace(batch, groups=floats))
+        for bad in wrong:
+            with pytest.raises(ValueError, match=rf"{name} got .*scores \(.* needs .*scores \("):
+                evaluate(self.build(), bad)
+
+    def test_a_missing_index_is_refused_with_the_way_out(self) -> None:
+        batch = self.batches(1)[0]
+        groups = {name: value for name, value in batch.groups.items() if name != "index"}
+        if self.build().num_samples is None:
+            assert evaluate(self.build(), replace(batch, groups=groups)).loss.isfinite()
+            return
+        with pytest.raises(ValueError, match=r"got no index.*with_index\(dataset\)"):
+            evaluate(self.build(), replace(batch, groups=groups))
+
+    def test_an_index_out_of_range_is_refused_with_the_way_out(self) -> None:
+        objective, batch = self.build(), self.batches(1)[0]
+        if objective.num_samples is None:
+            objective.check(targets=batch.targets, index=torch.tensor([10**9]))
+            return
+        rows = range(len(batch.targets))
+        for wrong, row in [(w, r) for w in (self.num_samples, -1) for r in rows]:
+            index = batch.groups["index"].clone()
+            index[row] = wrong
+            bad = replace(batch, groups=batch.groups | {"index": index})
+            with pytest.raises(IndexError, match=rf"{wrong}.*num_samples=12.*len\(train_dataset\)"):
+                evaluate(objective, bad)
+            with pytest.raises(IndexError, match=rf"{wrong}.*num_samples=12"):
+                objective.check(index=index)
+
+    def test_a_checkpoint_of_another_dataset_is_refused(self) -> None:
+        saved = self.build().state_dict()
+        if not saved:
+            self.build().load_state_dict(self.build().state_dict())
+            return
+        with pytest.raises(ValueError, match=r"num_samples=12.*num_samples=5"):
+            self.build(num_samples=5).load_state_dict(saved)
