@@ -16,6 +16,7 @@ LAYERS = {
     "objectives": 1,
     "models": 1,
     "data": 1,
+    "optim": 1,
     "rollout": 2,
     "trainers": 3,
     "evaluation": 3,
@@ -29,6 +30,7 @@ LAYERS = {
 ALLOWED = {
     "llm_xrisk/fcco": {"torch", "llm_xrisk.fcco"},
     "llm_xrisk/objectives": {"torch", "llm_xrisk.fcco", "llm_xrisk.objectives"},
+    "llm_xrisk/optim": {"torch", "llm_xrisk.fcco", "llm_xrisk.optim"},
 }
 NOT_IN_REWARD = {"torch", "llm_xrisk", "transformers", "datasets", "recipes"}
 MAX_MODULE, MAX_OBJECTIVE, MAX_RECIPE, MAX_FUNCTION, MAX_NESTING = 400, 150, 150, 60, 3
