@@ -11,9 +11,12 @@ from llm_xrisk.evaluation.curves import Panel as Panel
 from llm_xrisk.evaluation.curves import RunCurve as RunCurve
 from llm_xrisk.evaluation.curves import curves_from_log_history as curves_from_log_history
 from llm_xrisk.evaluation.curves import standard_panels as standard_panels
+from llm_xrisk.evaluation.partial_auc import one_way_partial_auc as one_way_partial_auc
+from llm_xrisk.evaluation.partial_auc import two_way_partial_auc as two_way_partial_auc
 from llm_xrisk.evaluation.pass_at_k import CompletionSample as CompletionSample
 from llm_xrisk.evaluation.pass_at_k import Evaluation as Evaluation
 from llm_xrisk.evaluation.pass_at_k import evaluate as evaluate
+from llm_xrisk.evaluation.ranking_metrics import ranking_metrics as ranking_metrics
 from llm_xrisk.evaluation.report import Report as Report
 from llm_xrisk.evaluation.report import write_report as write_report
 from llm_xrisk.evaluation.results import results_table as results_table
