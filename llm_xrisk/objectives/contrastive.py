@@ -1,32 +1,24 @@
 """Global contrastive learning of two views (section 6.5.2)."""
 
 import math
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llm_xrisk.fcco import InnerEstimator, join
-from llm_xrisk.fcco.groups import group_sum, slots
+from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import (
-    Objective,
-    ObjectiveOutput,
-    masked_mean,
-    observed_max,
-    observed_mean,
-    require_index,
-    widened,
+from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, widened
+from llm_xrisk.objectives.similarities import (
+    Contrast,
+    ContrastiveObjective,
+    contrast_views,
+    normalised,
 )
-from llm_xrisk.objectives.pair_gradients import with_similarity_gradient
-from llm_xrisk.objectives.pairs import (
-    effective_fraction,
-    logsumexp,
-    same_group,
-)
+from llm_xrisk.objectives.temperatures import Temperature, as_temperature
 
 
-class GlobalContrastive(Objective):
+class GlobalContrastive(ContrastiveObjective):
     r"""Global contrastive loss, SogCLR: contrasts each sample with all others, at any batch size.
 
     .. math:: F(w) = \frac1n \sum_i \tau \log \Big( \frac{1}{|S_i^-|} \sum_{x_j \in S_i^-}
@@ -101,20 +93,10 @@ class GlobalContrastive(Objective):
         tau, views = self._views(first, second, both)
         log_u = self.inner(views.log_g, both, where=views.anchors)
         loss = self._loss(views, log_u, tau)
-        with torch.no_grad():
-            if self.temperature.keyed:
-                z = views.temperature_gradient(self._plus_eps(log_u), self.temperature.rho)
-                self.temperature.step(z, both, views.anchors)
-            metrics = {
-                "objective": loss.detach(),
-                "log_u/mean": observed_mean(log_u, views.anchors),
-                "log_u/max": observed_max(log_u, views.anchors),
-                "negatives/effective_fraction": observed_mean(views.fraction, views.anchors),
-                "similarity/positive": views.positive.mean(),
-                "tau/mean": tau.mean(),
-                "skipped": (~views.anchors.any()).to(tau.dtype),
-            }
-        return ObjectiveOutput(loss, metrics)
+        if self.temperature.keyed:
+            z = views.temperature_gradient(self.plus_eps(log_u), self.temperature.rho)
+            self.temperature.step(z, both, views.anchors)
+        return ObjectiveOutput(loss, views.metrics(loss, tau, log_u))
 
     def exact(self, scores: Tensor, targets: Tensor, *, index: Tensor) -> Tensor:
         """(6.42) of the given views, without state."""
@@ -131,10 +113,5 @@ class GlobalContrastive(Objective):
         return tau, contrast.relative(tau) if self.relative else contrast
 
     def _loss(self, views: Contrast, log_u: Tensor, tau: Tensor) -> Tensor:
-        value = tau * (self._plus_eps(log_u) + self.temperature.rho)
+        value = tau * (self.plus_eps(log_u) + self.temperature.rho)
         return masked_mean(value if self.relative else value - views.positive, views.anchors)
-
-    def _plus_eps(self, log_u: Tensor) -> Tensor:
-        if self.log_eps == -math.inf:
-            return log_u
-        return torch.logaddexp(log_u, torch.full_like(log_u, self.log_eps))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from llm_xrisk.objectives import GlobalContrastive, Objective
+from llm_xrisk.objectives.contrastive_robust import RobustGlobalContrastive
+from llm_xrisk.objectives.temperatures import ConstantTemperature
 from tests.contract import Batch, ObjectiveContract, evaluate
 from tests.reference import contrastive as reference
 
@@ -101,6 +103,36 @@ def test_a_well_separated_batch_keeps_its_gradient() -> None:
             got.gradients[name].to(F64), want.gradients[name], rtol=1e-3, atol=1e-4
         )
     assert want.gradients["scores"].norm() > 0.05
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["SogCLR", "iSogCLR"])
+@pytest.mark.parametrize(("tau", "gamma"), [(0.1, 0.02), (0.01, 0.01)])
+def test_the_averaged_gradient_has_direction_and_scale_of_the_exact_one(
+    tau: float, gamma: float, relative: bool
+) -> None:
+    """Of 32 samples, 16 in a batch, at fixed features; exactly, u is the mean of both views' g."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(4, 6, generator=generator, dtype=F64)[torch.arange(32) % 4]
+    sample = centre + 0.7 * torch.randn(32, 6, generator=generator, dtype=F64)
+    views = sample + 0.4 * torch.randn(2, 32, 6, generator=generator, dtype=F64)
+    fixed = {"temperature": ConstantTemperature(tau)} if relative else {"tau": tau}
+    kind = RobustGlobalContrastive if relative else GlobalContrastive
+    objective = kind(32, gamma, state_dtype=F64, **fixed)
+    leaf, index = views.clone().requires_grad_(), torch.arange(32).repeat(2)
+    h = F.normalize(leaf.flatten(0, 1), dim=-1)
+    log_g = (h @ h.T / tau).masked_fill(index == index[:, None], -math.inf).logsumexp(-1)
+    exact = tau * log_g.reshape(2, 32).logsumexp(0).mean() - (h[:32] * h[32:]).sum(-1).mean()
+    (want,) = torch.autograd.grad(exact, leaf)
+    total, steps = torch.zeros_like(views), 800
+    for step in range(steps):
+        rows = torch.randperm(32, generator=generator)[:16]
+        leaf = views[:, rows].requires_grad_()
+        loss = objective(*leaf, index=rows).loss
+        if step >= steps // 4:
+            total[:, rows] += torch.autograd.grad(loss, leaf)[0]
+    got = total / (steps - steps // 4)
+    assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.99
+    assert 0.9 < got.norm() / want.norm() < 1.1
 
 
 @pytest.mark.parametrize("options", [{"tau": 0.0}, {"eps": -1.0}])
