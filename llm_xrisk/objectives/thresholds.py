@@ -1,0 +1,60 @@
+"""The score below the first K of each query's list, solved or tracked."""
+
+import torch
+from torch import Tensor
+
+from llm_xrisk.fcco import PerSampleDual
+from llm_xrisk.fcco.groups import group_mean, slots
+
+
+class Thresholds(PerSampleDual):
+    r"""Lambda_q of each query, the lower level of (6.37): the (K+1)-th largest score of its list.
+
+    .. math:: \lambda_q \leftarrow \lambda_q - \eta \Big( \frac{K + \varepsilon}{N_q} -
+              \frac{1}{N_q} \sum_{x_j \in S_q} \mathbb{I}(s_j > \lambda_q) \Big)
+
+    The first visit stores what solves the mini-batch's lower level.
+    """
+
+    visited: Tensor
+
+    def __init__(self, num_queries: int, lr: float, state_dtype: torch.dtype) -> None:
+        super().__init__(num_queries, lr=lr, state_dtype=state_dtype)
+        self.register_buffer("visited", torch.zeros(num_queries, dtype=torch.bool))
+
+    @torch.no_grad()
+    def advance(self, start: Tensor, slope: Tensor, query: Tensor, where: Tensor) -> None:
+        """Step by ``slope`` where the query is known, begin at ``start`` where not; by row (A,)."""
+        seen = self.visited[query]
+        self.step(slope, query, where=where & seen)
+        mean, count = group_mean(start.to(self.value.dtype), slots(query), where & ~seen)
+        self.value.index_copy_(0, query, torch.where(count > 0, mean, self.value[query]))
+        self.visited.index_copy_(0, query, seen | (count > 0))
+
+
+def upper_quantile(scores: Tensor, weight: Tensor, slot: Tensor, level: Tensor) -> Tensor:
+    """Largest score of each row's slot down to which the weights reach ``level``.
+
+    Minimises level * x + sum_j weight_j (s_j - x)_+ over x: with equal weights 1 / N and level
+    (K + eps) / N it is the (K+1)-th largest score. The gradient goes to the row it stands in.
+
+    Args:
+        scores: (B,).
+        weight: (B,) weights of the rows, which sum to 1 over a slot.
+        slot: (B,) from ``slots``.
+        level: (B,) equal for the rows of a slot; where it exceeds 1 the result is 0.
+
+    Example:
+        >>> rows = torch.tensor([3.0, 1.0, 2.0]), torch.full((3,), 1 / 3), torch.zeros(3).long()
+        >>> upper_quantile(*rows, torch.full((3,), 1.5 / 3))            # K = 1
+        tensor([2., 2., 2.])
+    """
+    order = torch.argsort(scores, descending=True)
+    order = order[torch.argsort(slot[order], stable=True)]
+    ordered, place = weight[order], slot[order]
+    sums = torch.zeros_like(weight).index_add(0, slot, weight)
+    reached = ordered.cumsum(0) - (sums.cumsum(0) - sums)[place]
+    aim = level[order]
+    there = (reached >= aim) & (reached - ordered < aim)
+    value = scores[order].masked_fill(~there, 0.0)
+    return torch.zeros_like(scores).index_add(0, place, value)[slot]
