@@ -12,12 +12,14 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check
 LOCKED := .venv/.locked-$(EXTRA)
 STAMP  := .venv/.installed-$(EXTRA)
 PYTEST  = $(BIN)/python -m pytest $(if $(K),-k "$(K)")
-FAST    = -m "not dist and not vllm and not slow" --ignore=tests/reward
+FAST    = -m "not dist and not vllm and not slow"
+APART   = --ignore=tests/reward --ignore=tests/objectives
 PUBLIC  = $(wildcard llm_xrisk reward recipes tests benchmarks)
 BROKEN := torchvision torchaudio torchcodec
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-seeds test test-fast test-reward test-dist test-vllm test-slow \
+.PHONY: help venv quickstart quickstart-seeds test test-fast test-objectives test-reward test-dist \
+        test-vllm test-slow \
         check test-matrix bench lock clean
 
 help: ## list the targets
@@ -52,13 +54,16 @@ quickstart-seeds: venv ## the main job over 5 seeds with paired intervals, writt
 		--results_file benchmarks/results/quickstart-seeds-cpu.json
 
 test: venv ## every tier, in order; fails if one of them fails
-	@failed=; for tier in fast reward dist vllm; do \
+	@failed=; for tier in fast objectives reward dist vllm; do \
 		$(MAKE) --no-print-directory test-$$tier || failed="$$failed $$tier"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED tiers:$$failed"; exit 1; else echo "all tiers passed"; fi
 
-test-fast: venv ## one process, no vLLM, no verifiers: three minutes at most
-	$(PYTEST) $(FAST) --durations=5
+test-fast: venv ## one process, no vLLM, no objectives, no verifiers: three minutes at most
+	$(PYTEST) $(FAST) $(APART) --durations=5
+
+test-objectives: venv ## every objective's contract: loops, precision, labels, resume, compilation
+	$(PYTEST) $(FAST) tests/objectives --durations=5
 
 test-reward: venv ## the verifiers: hostile answers, worker pools, sandboxes
 	$(PYTEST) tests/reward -m "not slow" --durations=5
@@ -80,12 +85,12 @@ check: venv ## lint, format, types, doctests
 
 # Two environments of their own: the oldest versions pyproject.toml allows, and the newest. No vLLM, which wants
 # one exact torch. They may hold a torch built for CUDA, several gigabytes each.
-test-matrix: ## test-fast on the oldest and the newest dependencies
+test-matrix: ## test-fast and test-objectives on the oldest and the newest dependencies
 	@failed=; for age in oldest newest; do \
 		test -x .venv-$$age/bin/python || $(PYTHON) -m venv .venv-$$age || exit 1; \
 		.venv-$$age/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 			-r requirements/$$age.txt || exit 1; \
-		.venv-$$age/bin/python -m pytest $(FAST) || failed="$$failed $$age"; \
+		.venv-$$age/bin/python -m pytest $(FAST) --ignore=tests/reward || failed="$$failed $$age"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED with:$$failed"; exit 1; fi
 
