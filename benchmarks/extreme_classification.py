@@ -202,23 +202,33 @@ def finished(text: Text, cache: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 def tuned(text: Text, cache: Path, method: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings of least validation cross-entropy, and all that were tried."""
-    seen = text.seen(text.validation[1]).numpy()
-    tried = []
+    tried: list[dict[str, Any]] = []
     for own in PROTOCOL["own_parameter"][method]:
         for rate in PROTOCOL["learning_rates"]:
-            run = {"stage": "tune", "method": method, "learning_rate": rate, "own": own}
-            means: list[float] = []
-            for seed in PROTOCOL["tuning_seeds"]:
-                found = finished(text, cache, run | {"seed": seed})
-                means.append(float(np.array(found["validation"])[seen].mean()))
-                if not means[-1] < math.log(text.num_classes):  # worse than all classes alike
-                    break
-            diverged = not means[-1] < math.log(text.num_classes)
-            value = None if diverged else float(np.mean(means))
+            means = validated(text, cache, method, rate, own)
+            value = float(np.mean(means)) if learnt(text, means[-1]) else None
             tried.append({"learning_rate": rate, "own": own, "validation": value})
             print(f"{method:6} lr {rate:5} {own} validation {value} {means}", flush=True)
     best = min((t for t in tried if t["validation"] is not None), key=lambda t: t["validation"])
     return {"learning_rate": best["learning_rate"], "own": best["own"]}, tried
+
+
+def validated(text: Text, cache: Path, method: str, rate: float, own: Any) -> list[float]:
+    """Validation cross-entropy of a setting, seed by seed until one diverges."""
+    seen = text.seen(text.validation[1]).numpy()
+    run = {"stage": "tune", "method": method, "learning_rate": rate, "own": own}
+    means: list[float] = []
+    for seed in PROTOCOL["tuning_seeds"]:
+        found = finished(text, cache, run | {"seed": seed})
+        means.append(float(np.array(found["validation"])[seen].mean()))
+        if not learnt(text, means[-1]):
+            break
+    return means
+
+
+def learnt(text: Text, mean: float) -> bool:
+    """Whether a cross-entropy is better than that of all classes alike; NaN is not."""
+    return mean < math.log(text.num_classes)
 
 
 def compared(text: Text, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def model_card(
     versions = ", ".join(_versions())
     return (
         f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n# {name}\n\n"
-        f"{f'`{shown}`' if shown else 'A language model'}, trained by {method} ({source}).\n\n"
+        f"{f'`{shown}`' if shown else 'A model'}, trained by {method} ({source}).\n\n"
         f"## Settings\n\n| setting | value |\n|---|---|\n{rows}\n\n"
         f"## Versions\n\n{versions}\n"
     )

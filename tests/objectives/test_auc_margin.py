@@ -95,10 +95,29 @@ class TestAUCMarginWithTheSquare(TestAUCMargin):
     options: ClassVar[dict[str, Any]] = {"surrogate": Squared()}
     hinge: ClassVar[bool] = False
 
+    def test_worked_example(self) -> None:
+        batch = Batch(torch.tensor([3.0, 0.5, 0.0]), torch.tensor([1, 0, 0]))
+        objective = AUCMargin(gamma=0.25, surrogate=Squared(), initial=(0.5, 0.0, -1.0))
+        result = evaluate(objective, batch)
+        # (3 - a)^2 + ((0.5 - b)^2 + (0 - b)^2) / 2 + alpha (1 + 0.25 - 3) - alpha^2 / 4
+        assert result.loss.item() == pytest.approx(6.25 + 0.125 + 1.75 - 0.25)
+        # alpha is free: 0.75 alpha + 0.5 (1 + 0.25 - 3), where the hinge would stop at 0
+        assert objective.alpha.item() == pytest.approx(-0.75 - 0.875)
+
 
 class TestAUCMarginOfSeveralLabels(TestAUCMargin):
     options: ClassVar[dict[str, Any]] = {"num_labels": 3}
     num_labels: ClassVar[int | None] = 3
+
+    def test_worked_example(self) -> None:
+        scores = torch.tensor([[1.0, 1.0], [0.5, 0.5], [0.0, 0.0]])
+        batch = Batch(scores, torch.tensor([[1, 0], [0, 0], [0, 0]]))
+        objective = AUCMargin(gamma=0.25, num_labels=2, initial=(0.5, 0.0, 2.0))
+        result = evaluate(objective, batch)
+        # the first label is the example of one label, the second has no positive and is left out
+        assert result.loss.item() == pytest.approx(0.25 + 0.125 + 2 * 0.25 - 1)
+        assert not result.gradients["scores"][:, 1].any()
+        assert objective.alpha.tolist() == pytest.approx([0.75 * 2 + 0.5 * 0.25, 2.0])
 
 
 def mixed(positives: int, rows: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
