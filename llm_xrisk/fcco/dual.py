@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco.groups import group_mean, slots
-from llm_xrisk.fcco.keyed import KeyedState
+from llm_xrisk.fcco.groups import distinct, group_mean, slots
+from llm_xrisk.fcco.keyed import KeyedState, kept
 
 
 class PerSampleDual(KeyedState):
@@ -36,7 +36,6 @@ class PerSampleDual(KeyedState):
         >>> nu = PerSampleDual(num_samples=4, lr=0.5, lower=0.0)
         >>> index = torch.tensor([2])
         >>> nu.step(torch.tensor([-3.0]), index)
-        >>> nu(index)
         tensor([1.5000])
     """
 
@@ -69,21 +68,32 @@ class PerSampleDual(KeyedState):
     def forward(self, index: Tensor) -> Tensor:
         """The current values of ``index`` (B,), without gradient."""
         self.check(index)
-        return self.value[index]
+        return kept(self.value.index_select(0, index))
 
     @torch.no_grad()
-    def step(self, grad: Tensor, index: Tensor, where: Tensor | None = None) -> None:
+    def step(self, grad: Tensor, index: Tensor, where: Tensor | None = None) -> Tensor:
         """Take one projected step against ``grad`` (B,) on the rows ``where`` (all by default).
 
         In ``eval()`` nothing is done.
+
+        Returns:
+            (B,) the values of ``index`` after the step, without gradient.
         """
-        if not self.training:
-            return
         self.check(index)
-        observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
-        mean, count = group_mean(grad.to(self.value.dtype), slots(index), observed)
-        old_value, old_direction = self.value[index], self.direction[index]
-        direction = torch.lerp(old_direction, mean, self.beta)
-        value = (old_value - self.lr * direction).clamp(self.lower, self.upper)
-        self.direction.index_copy_(0, index, torch.where(count > 0, direction, old_direction))
-        self.value.index_copy_(0, index, torch.where(count > 0, value, old_value))
+        old = self.value.index_select(0, index)
+        if not self.training:
+            return old
+        mean, moved = grad.to(self.value.dtype), where
+        if not distinct(index):
+            observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
+            mean, count = group_mean(mean, slots(index), observed)
+            moved = count > 0
+        if self.beta < 1:
+            before = self.direction.index_select(0, index)
+            mean = torch.lerp(before, mean, self.beta)
+            kept_direction = mean if moved is None else torch.where(moved, mean, before)
+            self.direction.index_copy_(0, index, kept_direction)
+        value = torch.sub(old, mean, alpha=self.lr).clamp_(self.lower, self.upper)
+        value = value if moved is None else torch.where(moved, value, old)
+        self.value.index_copy_(0, index, value)
+        return kept(value)

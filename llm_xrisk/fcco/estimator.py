@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from llm_xrisk.fcco import rules
 from llm_xrisk.fcco.groups import columns, distinct, group_mean, slots
-from llm_xrisk.fcco.keyed import KeyedState
+from llm_xrisk.fcco.keyed import KeyedState, kept
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
 
 
@@ -109,12 +109,13 @@ class InnerEstimator(KeyedState):
         if not self.training:
             return g
         self.check(index)
-        with torch.no_grad():
-            u = self._update(g.detach().to(self.u.dtype), index, where)
+        u = kept(self._update(g.detach().to(self.u.dtype), index, where))
+        if not g.requires_grad:
+            return u.to(torch.promote_types(g.dtype, u.dtype))
         return cast(Tensor, _Tracked.apply(g, u, self.log))  # pyright: ignore[reportUnknownMemberType]
 
     def _update(self, g: Tensor, index: Tensor, where: Tensor | None) -> Tensor:
-        u, visited = self.u[index], self.visited[index]
+        u, visited = self.u.index_select(0, index), self.visited.index_select(0, index)
         rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
         new = rule(u, g, self.gamma)
         if self.initial is None:

@@ -81,7 +81,7 @@ def distinct(index: Tensor) -> bool:
 
 def columns(rows: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) so that it broadcasts against ``like`` (B, ...)."""
-    return rows.reshape(-1, *([1] * (like.dim() - 1)))
+    return rows if like.dim() == 1 else rows.reshape(-1, *([1] * (like.dim() - 1)))
 
 
 def _group_max(values: Tensor, slot: Tensor) -> Tensor:

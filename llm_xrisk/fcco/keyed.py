@@ -82,6 +82,22 @@ class KeyedState(KeepsDtype):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore
 
 
+def kept(values: Tensor) -> Tensor:
+    """``values`` read from a state that is written in the same forward pass, for its gradient.
+
+    Compiled code would read them again in the backward pass, where the state is a later one:
+    https://github.com/pytorch/pytorch/pull/197039. It keeps the results of sums along a
+    dimension instead, this one of size 1. In eager code the values come back as they are.
+
+    Example:
+        >>> kept(torch.tensor([1.0, 3.0]))
+        tensor([1., 3.])
+    """
+    if not torch.compiler.is_compiling():
+        return values
+    return values.unsqueeze(-1).cumsum(-1).squeeze(-1)
+
+
 def check_index(index: Tensor, num_samples: int) -> None:
     """Refuse entries outside [0, num_samples), reading them on the host.
 

@@ -26,7 +26,7 @@ def moving_average(u: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
         >>> moving_average(torch.tensor(1.0), torch.tensor(3.0), torch.tensor(0.5))
         tensor(2.)
     """
-    return (1 - gamma) * u + gamma * g
+    return torch.lerp(u, g, gamma)
 
 
 def log_moving_average(log_u: Tensor, log_g: Tensor, gamma: Tensor) -> Tensor:

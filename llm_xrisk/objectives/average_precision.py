@@ -96,13 +96,15 @@ class AveragePrecision(Objective):
         scores, targets, ids = self.joined(scores, targets, index)
         positive = targets > 0.5
         pairs = Pairs(scores, positive)
-        u = self.inner(self._inner_values(pairs), pairs.keys(ids), where=pairs.anchors)
-        loss = pairs.mean(-u[:, 0] / u[:, 1], pairs.anchors)
+        g, slope, columns = self._inner_values(pairs)
+        u = self.inner(g, pairs.keys(ids), where=pairs.anchors)
+        first, second = pairs.attach(u, slope, columns).unbind(-1)
+        loss = -pairs.mean(first / second, pairs.anchors)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
-                "u/mean": observed_mean(u[:, 1], pairs.anchors),
-                "positives": positive.to(scores.dtype).mean(),
+                "u/mean": observed_mean(second, pairs.anchors),
+                "positives": pairs.share(),
                 "skipped": pairs.skipped(pairs.anchors),
             }
         return ObjectiveOutput(loss, metrics)
@@ -111,11 +113,11 @@ class AveragePrecision(Objective):
         """(6.22) of the given rows, without state."""
         self.check_shapes(scores=scores, targets=targets)
         pairs = Pairs(widened(scores), targets > 0.5)
-        g = self._inner_values(pairs)
-        return pairs.mean(-g[:, 0] / g[:, 1], pairs.anchors)
+        first, second = pairs.attach(*self._inner_values(pairs)).unbind(-1)
+        return -pairs.mean(first / second, pairs.anchors)
 
-    def _inner_values(self, pairs: Pairs) -> Tensor:
-        """g_1 and g_2 of each anchor, (A, 2)."""
+    def _inner_values(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """g_1 and g_2 of each anchor, (A, 2), and slope and columns of their gradient."""
         first, weight = pairs.positives, torch.full_like(pairs.positives, 1 / len(pairs.scores))
         if self.prior is not None:
             prior = self.prior.to(first.dtype)
@@ -126,4 +128,4 @@ class AveragePrecision(Objective):
             weight = first * share + pairs.negatives * other
         pairwise, slope = self.surrogate.with_slope(pairs.gap)
         columns = torch.stack([weight * first, weight])
-        return pairs.attach(pairs.sums(pairwise, columns), slope.expand(pairwise.shape), columns)
+        return pairs.sums(pairwise, columns), slope, columns

@@ -79,8 +79,7 @@ class Objective(KeepsDtype):
             self.check_labels(targets)
         if self.num_samples is not None:
             index = require_index(self, index)
-        given = (scores, targets, index, *rows.values())
-        return join(*(t if t is None or not t.is_floating_point() else widened(t) for t in given))
+        return join(*map(_widened, (scores, targets, index, *rows.values())))
 
     def check_shapes(self, **rows: Tensor | None) -> None:
         """Refuse rows that do not belong together: their shapes are known without waiting.
@@ -88,13 +87,11 @@ class Objective(KeepsDtype):
         Raises:
             ValueError: with the shapes that came and those that are needed.
         """
-        labels = () if self.num_labels is None else (self.num_labels,)
         given = {name: t for name, t in rows.items() if t is not None}
-        count = given["scores"].shape[:1]
-        need = {
-            name: (*count, *(labels if name in ("scores", "targets") else ())) for name in given
-        }
-        if any(tuple(t.shape) != need[name] for name, t in given.items()):
+        one = given["scores"].shape[:1]
+        each = one if self.num_labels is None else (*one, self.num_labels)
+        need = {name: each if name in ("scores", "targets") else one for name in given}
+        if any(t.shape != need[name] for name, t in given.items()):
             raise wrong_shapes(self, given, {n: ("rows", *s[1:]) for n, s in need.items()})
 
     def check_labels(self, targets: Tensor) -> None:
@@ -107,7 +104,7 @@ class Objective(KeepsDtype):
             return
         if not targets.is_floating_point():
             low, high = torch.aminmax(targets)
-            if low >= 0 and high <= 1:
+            if low.item() >= 0 and high.item() <= 1:
                 return
         zero, signed = targets == 0, targets == -1
         known = zero | signed | (targets == 1)
@@ -202,6 +199,13 @@ def widened(rows: Tensor) -> Tensor:
         torch.float32
     """
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _widened(rows: Tensor | None) -> Tensor | None:
+    """``rows`` as they are where there is nothing to widen."""
+    if rows is None or not rows.is_floating_point() or rows.dtype.itemsize >= 4:
+        return rows
+    return widened(rows)
 
 
 def require_index(objective: Objective, index: Tensor | None) -> Tensor:

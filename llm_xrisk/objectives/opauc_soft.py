@@ -82,16 +82,15 @@ class OPAUCSoft(Objective):
         """Return the objective of the joined rows; see the class."""
         scores, targets, ids = self.joined(scores, targets, index)
         pairs = Pairs(scores, targets > 0.5)
-        log_g, fraction = self._log_inner_values(pairs)
-        anchors = pairs.contrasted
-        log_u = self.inner(log_g, pairs.keys(ids), where=anchors)
+        inner, anchors = SoftMean(pairs, self.surrogate, self.tau), pairs.contrasted
+        log_u = inner.tracked(self.inner(inner.log_g, pairs.keys(ids), where=anchors))
         loss = self.tau * pairs.mean(log_u, anchors)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
-                "negatives/effective_fraction": observed_mean(fraction, anchors),
+                "negatives/effective_fraction": observed_mean(inner.fraction, anchors),
                 "skipped": pairs.skipped(anchors),
             }
         return ObjectiveOutput(loss, metrics)
@@ -100,13 +99,35 @@ class OPAUCSoft(Objective):
         """(6.28) of the given rows, without state."""
         self.check_shapes(scores=scores, targets=targets)
         pairs = Pairs(widened(scores), targets > 0.5)
-        log_g, _ = self._log_inner_values(pairs)
-        return self.tau * pairs.mean(log_g, pairs.contrasted)
+        inner = SoftMean(pairs, self.surrogate, self.tau)
+        return self.tau * pairs.mean(inner.tracked(inner.log_g), pairs.contrasted)
 
-    def _log_inner_values(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Log g of each anchor (A,), and how many negatives count in it."""
-        pairwise, slope = self.surrogate.with_slope(pairs.gap)
-        log_g, share = logmeanexp(pairwise, pairs.negatives, self.tau)
-        fraction = effective_fraction(share, pairs.negatives.sum(-1))
-        weight = share.mul_(slope).div_(self.tau)
-        return pairs.attach(log_g, weight), fraction
+
+class SoftMean:
+    """Log of the mean over negatives of exp(l_ij / tau) of each anchor, without gradient.
+
+    Args:
+        pairs: Of all positives.
+        surrogate: l.
+        tau: Temperature.
+
+    Attributes:
+        log_g: (A,)
+        fraction: (A,) the effective number of negatives in it, as a fraction of theirs.
+    """
+
+    def __init__(self, pairs: Pairs, surrogate: Surrogate, tau: float) -> None:
+        self._pairs, self._tau = pairs, tau
+        pairwise, slope = surrogate.with_slope(pairs.gap)
+        count = pairs.num_negatives()
+        self.log_g, share = logmeanexp(pairwise, pairs.negatives, tau, count)
+        self.fraction = effective_fraction(share, count)
+        self._slope = share.mul_(slope)
+
+    def tracked(self, log_u: Tensor) -> Tensor:
+        """Give ``log_u`` (A,) its gradient, the mean of exp(l_ij / tau) / u_i grad l_ij / tau.
+
+        To be called once: the matrix of slopes is overwritten.
+        """
+        rate = torch.exp(self.log_g - log_u).div_(self._tau)  # of log u in log g
+        return self._pairs.attach(log_u, self._slope.mul_(rate[:, None]))

@@ -4,6 +4,7 @@ Pairs are chosen by weights of 0 and 1 in the dtype of the scores, not by boolea
 selecting 512 x 512 entries by a random mask takes as long as computing all the rest.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -25,7 +26,7 @@ def rows_of(anchors: Tensor) -> Tensor:
         tensor([1, 2])
     """
     if readable(anchors):
-        return anchors.nonzero().squeeze(-1)
+        return anchors.nonzero().view(-1)
     return torch.arange(anchors.shape[0], device=anchors.device)
 
 
@@ -36,7 +37,7 @@ def differences(others: Tensor, anchors: Tensor) -> Tensor:
         >>> differences(torch.tensor([1.0, 3.0]), torch.tensor([1.0]))
         tensor([[0., 2.]])
     """
-    return others[None, :] - anchors[:, None]
+    return others - anchors.unsqueeze(-1)
 
 
 def same_group(slot: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,7 +68,6 @@ class Pairs:
         contrasted: (A,) which are positives of a label that has negatives too; None where all are.
         gap: (A, R) s_j - s_i, without gradient.
         positives: Weight 1 where row j is positive: (R,), or (A, R) of the anchor's label.
-        negatives: 1 - positives.
 
     Example:
         >>> pairs = Pairs(torch.tensor([2.0, 1.0, 0.5]), torch.tensor([True, False, True]))
@@ -77,34 +77,72 @@ class Pairs:
     """
 
     def __init__(self, scores: Tensor, positive: Tensor) -> None:
-        self.scores, fixed = scores, scores.detach()
+        self.scores, self.positive, fixed = scores, positive, scores.detach()
         self.label: Tensor | None = None
         known = readable(positive)  # then the rows are the anchors
         if scores.dim() == 1:
             self.num_labels = 1
             self.rows = rows_of(positive)
             self.anchors = None if known else positive
-            self.gap = differences(fixed, fixed[self.rows])
+            self.gap = differences(fixed, fixed.index_select(0, self.rows))
             self.positives = positive.to(scores.dtype)
-            has_negatives = (~positive).any().expand(len(self.rows))
         else:
             self.num_labels = scores.shape[1]
             place = rows_of(positive.flatten())
             self.rows, self.label = place // self.num_labels, place % self.num_labels
             self.anchors = None if known else positive.flatten()
             self.gap = fixed.T[self.label].sub_(fixed[self.rows, self.label][:, None])
-            self.positives = positive.to(scores.dtype).T[self.label]
-            has_negatives = (~positive).any(0)[self.label]
-        self.negatives = 1 - self.positives
+            self.positives = self.columns_of(positive.to(scores.dtype))
+        self.contrasted = self._contrasted()
+
+    @property
+    def negatives(self) -> Tensor:
+        """Weight 1 where row j is negative, as ``positives``."""
+        return 1 - self.positives
+
+    def num_negatives(self) -> Tensor | int:
+        """Negatives of each anchor's label, (A,) or (), or a number that nothing waits for."""
+        if self.label is None and self.anchors is None:
+            return len(self.positive) - len(self.rows)
+        return self.negatives.sum(-1)
+
+    def _contrasted(self) -> Tensor | None:
+        if self.label is None and self.anchors is None:  # then sizes tell
+            only = len(self.rows) == len(self.positive)
+            return torch.zeros_like(self.rows, dtype=torch.bool) if only else None
+        negative = ~self.positive
+        found = negative.any() if self.label is None else negative.any(0)[self.label]
         if self.anchors is not None:
-            self.contrasted: Tensor | None = self.anchors & has_negatives
-        else:
-            self.contrasted = None if bool(has_negatives.all()) else has_negatives
+            return self.anchors & found
+        return None if bool(found.all()) else found
 
     def keys(self, ids: Tensor) -> Tensor:
         """(A,) the state's key of each anchor: its sample, or its sample and label."""
-        own = ids[self.rows]
+        own = ids.index_select(0, self.rows)
         return own if self.label is None else own * self.num_labels + self.label
+
+    def columns_of(self, rows: Tensor) -> Tensor:
+        """What ``rows`` (R,) or (R, L) hold of each anchor's label, (R,) or (A, R)."""
+        return rows if self.label is None else rows.T[self.label]
+
+    def anchors_of(self, rows: Tensor) -> Tensor:
+        """(A,) what ``rows`` (R,) or (R, L) hold of the anchors themselves."""
+        return rows[self.rows] if self.label is None else rows[self.rows, self.label]
+
+    def by_label(self, where: Tensor | None) -> Tensor | None:
+        """(L, A) weight 1 for the anchors in ``where`` of each label; None where that is all."""
+        if self.label is None:
+            return None if where is None else where[None].to(self.gap.dtype)
+        own = self.labels()[:, None] == self.label
+        return (own if where is None else own & where).to(self.gap.dtype)
+
+    def labels(self) -> Tensor:
+        """(L,) the labels' numbers."""
+        return torch.arange(self.num_labels, device=self.rows.device)
+
+    def for_anchors(self, values: Tensor) -> Tensor:
+        """``values`` (L,) of each anchor's label, (A,), or (1,) of the only label."""
+        return values if self.label is None else values[self.label]
 
     def sums(self, values: Tensor, columns: Tensor) -> Tensor:
         """(A, K) sum over rows j of ``values`` (A, R) times ``columns`` (K, R) or (K, A, R)."""
@@ -113,7 +151,11 @@ class Pairs:
         return torch.einsum("aj,kaj->ak", values, columns)
 
     def attach(self, value: Tensor, slope: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Give ``value`` the gradient slope_ij column_j in s_j - s_i; see with_pair_gradient."""
+        """Give ``value`` the gradient slope_ij column_j in s_j - s_i; see with_pair_gradient.
+
+        ``slope`` may be one number.
+        """
+        slope = slope if slope.dim() == 2 else slope.expand(self.gap.shape)
         return with_pair_gradient(self.scores, self.rows, value, slope, columns, self.label)
 
     def mean(self, values: Tensor, where: Tensor | None) -> Tensor:
@@ -129,6 +171,11 @@ class Pairs:
         values = values if where is None else values.masked_fill(~where, 0.0)
         return (values * weight).sum() / (count > 0).sum().clamp(min=1)
 
+    def share(self) -> Tensor:
+        """() share of positives: a metric."""
+        alone = self.label is None
+        return (self.positives if alone else self.positive.to(self.gap.dtype)).mean()
+
     def skipped(self, where: Tensor | None) -> Tensor:
         """() 1 where no anchor is in ``where``, else 0: a metric."""
         if where is None:
@@ -136,7 +183,9 @@ class Pairs:
         return (~where.any()).to(self.gap.dtype)
 
 
-def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+def logmeanexp(
+    values: Tensor, weight: Tensor | None, tau: float = 1.0, count: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Log of the mean of exp(values / tau) over each row, of the entries of weight 1.
 
     .. math:: \\log \\frac{\\sum_j w_{ij} e^{v_{ij} / \\tau}}{\\sum_j w_{ij}}
@@ -145,8 +194,9 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
 
     Args:
         values: (R, m), finite, without gradient.
-        weight: 0 or 1, broadcasts against ``values``.
+        weight: 0 or 1, broadcasts against ``values``; None for 1.
         tau: Temperature.
+        count: Sum of the weights of each row, where it is known.
 
     Returns:
         (R,) log-means, about the lowest finite number where the weights are empty, and (R, m) the
@@ -156,11 +206,16 @@ def logmeanexp(values: Tensor, weight: Tensor, tau: float = 1.0) -> tuple[Tensor
         >>> logmeanexp(torch.zeros(1, 3), torch.tensor([1.0, 1.0, 0.0]))
         (tensor([0.]), tensor([[0.5000, 0.5000, 0.0000]]))
     """
-    count = weight.sum(-1)
+    if weight is None:
+        log_sum, share = logsumexp(values / tau)
+        return log_sum - math.log(values.shape[-1]), share
+    count = weight.sum(-1) if count is None else count
     excluded = (weight - 1).mul_(torch.finfo(values.dtype).max)
     fits = excluded.shape == values.shape  # then no further matrix is needed
     exponent = torch.add(excluded, values, alpha=1 / tau, out=excluded if fits else None)
     log_sum, share = logsumexp(exponent)
+    if isinstance(count, int):
+        return log_sum - math.log(max(count, 1)), share
     return log_sum - count.clamp(min=1).log(), share
 
 
@@ -176,7 +231,7 @@ def logsumexp(exponent: Tensor) -> tuple[Tensor, Tensor]:
     return exponent.amax(-1) - share.amax(-1).log(), share
 
 
-def effective_fraction(share: Tensor, count: Tensor) -> Tensor:
+def effective_fraction(share: Tensor, count: Tensor | int) -> Tensor:
     """Effective number of entries of each row, as a fraction of their number ``count``.
 
     1 / (m sum_j p_j^2) for shares p of m entries: 1 is uniform, 1/m a single entry.
@@ -186,4 +241,4 @@ def effective_fraction(share: Tensor, count: Tensor) -> Tensor:
         tensor([0.5000])
     """
     norm = cast(Tensor, torch.linalg.vector_norm(share, dim=-1))  # pyright: ignore[reportUnknownMemberType]
-    return 1 / (norm.square() * count).clamp(min=1e-12)
+    return (norm.square() * count).clamp_(min=1e-12).reciprocal_()

@@ -55,6 +55,12 @@ def test_eval_takes_no_step() -> None:
     assert dual.value.tolist() == [0.0] * 4
 
 
+def test_a_step_returns_the_values_it_leaves_in_every_row() -> None:
+    dual, index = build(), torch.tensor([1, 2, 1])
+    assert dual.step(rows(2.0, 1.0, 6.0), index).tolist() == [-2.0, -0.5, -2.0]
+    assert dual.eval().step(rows(9.0, 9.0, 9.0), index).tolist() == [-2.0, -0.5, -2.0]
+
+
 def test_bfloat16_does_not_cast_it() -> None:
     assert PerSampleDual(2, lr=0.1).to(torch.bfloat16).value.dtype == torch.float32
 
