@@ -1,0 +1,142 @@
+"""Two-way partial AUC with soft weights (section 6.4.3)."""
+
+import torch
+from torch import Tensor
+
+from llm_xrisk.fcco import InnerEstimator
+from llm_xrisk.fcco.schedules import GammaSchedule
+from llm_xrisk.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    masked_mean,
+    observed_max,
+    observed_mean,
+    widened,
+)
+from llm_xrisk.objectives.opauc_soft import SoftMean
+from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
+from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
+
+
+class TPAUCSoft(Objective):
+    r"""Two-way partial AUC, SOTA-s: ranks the lowest positives above the highest negatives.
+
+    .. math:: F(w) = \tau_1 \log \Big( \frac{1}{n_+} \sum_{x_i \in S_+} g_i^{\tau_2 / \tau_1}
+              \Big), \qquad g_i = \frac{1}{n_-} \sum_{x_j \in S_-}
+              \exp\frac{\ell(h_j - h_i)}{\tau_2} \qquad (6.33)
+
+    Three levels: f_1 = tau_1 log of the mean v of f_2(g_i) = g_i^(tau_2 / tau_1). Both averages of
+    Algorithm 32 are tracked as logarithms, log u_i of each positive (line 5) and one log v
+    (line 8), which averages the u just found:
+
+    .. math:: v \leftarrow (1 - \gamma_1) v + \gamma_1 \frac{1}{|B_+|} \sum_{x_i \in B_+}
+              u_i^{\tau_2 / \tau_1}
+
+    The gradient is line 10's, with weights exp(l_ij / tau_2) u_i^(tau_2 / tau_1 - 1) / v; the loss
+    is tau_1 log v, the objective's value.
+
+    Args:
+        num_samples: n, the number of examples the index counts.
+        gamma: gamma_0, the weight of the new mini-batch value in u, in (0, 1]; 0.9 and 0.5 in the
+            authors' recipes.
+        outer_gamma: gamma_1, that in v; the same as ``gamma`` by default.
+        tau1: Temperature > 0 of the positives: the smaller, the fewer count; 1.0 in the recipes.
+        tau2: Temperature > 0 of the negatives; 0.5 and 1.0 in the recipes.
+        surrogate: l, non-decreasing.
+        num_labels: L for several labels at once, each with its own v: F is the mean over labels.
+        state_dtype: dtype of the state.
+
+    Shapes:
+        scores (B,) or (B, L), targets the same, 1 or 0 (or 1 and -1, or booleans), index (B,).
+
+    State: one log u per sample and label, 5 bytes (positives alone use theirs), and one log v per
+    label.
+
+    Departures: u and v start at their first mini-batch value and are logarithms; the authors'
+    library starts at 0, overflows from tau_2 = 0.04 down, and lets all labels share one v.
+
+    Raises:
+        ValueError: a gamma outside (0, 1], a temperature <= 0, or a missing index.
+
+    Example:
+        >>> objective = TPAUCSoft(num_samples=3)
+        >>> scores, targets = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1, 0, 0])
+        >>> objective(scores, targets, index=torch.tensor([0, 1, 2])).loss  # every l is 0
+        tensor(0.)
+
+    Relations: tau1 to infinity is :class:`OPAUCSoft`, tau1 = tau2 the KL-regularised DRO of all
+    pairs (:class:`KLDRO`); gamma=1 is the mini-batch loss. :class:`TPAUC` selects by hard weights.
+
+    Source: book section 6.4.3, Algorithm 32; Zhu et al., ICML 2022.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        gamma: float | GammaSchedule = 0.9,
+        *,
+        outer_gamma: float | GammaSchedule | None = None,
+        tau1: float = 1.0,
+        tau2: float = 1.0,
+        surrogate: Surrogate = SQUARED_HINGE,
+        num_labels: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if tau1 <= 0 or tau2 <= 0:
+            raise ValueError(f"tau1 and tau2 must be positive, got {tau1} and {tau2}")
+        self.tau1, self.tau2, self.surrogate = tau1, tau2, surrogate
+        self.num_samples, self.num_labels = num_samples, num_labels
+        labels = num_labels or 1
+        self.inner = InnerEstimator(
+            num_samples, gamma, log=True, num_labels=labels, state_dtype=state_dtype
+        )
+        over = gamma if outer_gamma is None else outer_gamma
+        self.outer = InnerEstimator(1, over, log=True, num_labels=labels, state_dtype=state_dtype)
+
+    def forward(
+        self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """Return the objective of the joined rows; see the class."""
+        scores, targets, ids = self.joined(scores, targets, index)
+        pairs = Pairs(scores, targets > 0.5)
+        anchors = pairs.contrasted
+        inner = SoftMean(pairs, self.surrogate, self.tau2)
+        log_u = inner.tracked(self.inner(inner.log_g, pairs.keys(ids), where=anchors))  # line 5
+        mean, observed, effective = self._over_positives(pairs, log_u)
+        log_v = self.outer(mean, pairs.labels(), observed)  # line 8
+        loss = self.tau1 * masked_mean(log_v, observed)
+        with torch.no_grad():
+            metrics = {
+                "objective": loss.detach(),
+                "log_u/mean": observed_mean(log_u, anchors),
+                "log_u/max": observed_max(log_u, anchors),
+                "log_v/mean": observed_mean(log_v, observed),
+                "negatives/effective_fraction": observed_mean(inner.fraction, anchors),
+                "positives/effective_fraction": observed_mean(effective, observed),
+                "skipped": pairs.skipped(anchors),
+            }
+        return ObjectiveOutput(loss, metrics)
+
+    def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(6.33) of the given rows, without state."""
+        self.check_shapes(scores=scores, targets=targets)
+        pairs = Pairs(widened(scores), targets > 0.5)
+        inner = SoftMean(pairs, self.surrogate, self.tau2)
+        mean, observed, _ = self._over_positives(pairs, inner.tracked(inner.log_g))
+        return self.tau1 * masked_mean(mean, observed)
+
+    def _over_positives(self, pairs: Pairs, log_u: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log of the mean of u^(tau2 / tau1) of each label (L,), which have one, how many count."""
+        own, fixed, ratio = pairs.by_label(pairs.contrasted), log_u.detach(), self.tau2 / self.tau1
+        if len(log_u) == 0:  # no positive at all, which only a CPU knows
+            nothing = log_u.new_zeros(pairs.num_labels)
+            return nothing + log_u.sum(), nothing > 0, nothing
+        if own is None:
+            count, observed, rows = len(log_u), None, fixed[None]
+        else:
+            count, rows = own.sum(-1), own * fixed
+            observed = count > 0
+        value, share = logmeanexp(rows, own, 1 / ratio)
+        change = ratio * (log_u - fixed)  # 0, with the gradient of log u
+        return value + share @ change, observed, effective_fraction(share, count)
