@@ -17,6 +17,9 @@ from llm_xrisk.objectives.pair_gradients import with_cross_gradient, with_simila
 from llm_xrisk.objectives.pairs import effective_fraction, logsumexp, same_group
 
 
+EXCLUDED = 1e30
+
+
 class ContrastiveObjective(Objective):
     """An objective of two matrices of features, row i of one the positive of row i of the other."""
 
@@ -172,8 +175,9 @@ def _soft_mean(
 
     ``exponent`` is overwritten.
     """
-    # no sum and no difference of exponents reaches the largest number, so nothing overflows
-    exponent.add_(own, alpha=-torch.finfo(exponent.dtype).max)
+    # far below any exponent and far from overflow; not as add_(own, alpha=...), which inductor
+    # fuses into the product before it wrongly
+    exponent.add_(own.mul(-EXCLUDED))
     log_sum, share = logsumexp(exponent)
     energy = torch.zeros_like(log_sum)
     if learned:

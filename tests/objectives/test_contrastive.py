@@ -20,6 +20,7 @@ class TestGlobalContrastive(ObjectiveContract):
     objective_class: ClassVar[type[Objective]] = GlobalContrastive
     options: ClassVar[dict[str, Any]] = {"tau": 0.5}
     eps: ClassVar[float] = 0.0
+    compile_backend: ClassVar[str] = "inductor"
 
     def make_batch(self, generator: torch.Generator) -> Batch:
         """Six pairs of views of five samples."""
