@@ -7,7 +7,7 @@ import numpy as np
 
 from llm_xrisk.evaluation.partial_auc import one_way_partial_auc, two_way_partial_auc
 
-_HINT = 'ranking metrics need scikit-learn: pip install "scikit-learn>=1.4"'
+_HINT = 'ranking metrics need scikit-learn: pip install "scikit-learn>=1.5"'
 
 
 def ranking_metrics(

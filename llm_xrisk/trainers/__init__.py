@@ -1,16 +1,33 @@
 """Trainers on ``transformers.Trainer``: score, weigh, backprop."""
 
-from llm_xrisk.trainers.config import DFTConfig, DisCOConfig, RolloutConfig, ScoreConfig
+from llm_xrisk.trainers.classification import ClassificationTrainer
+from llm_xrisk.trainers.config import (
+    ClassificationConfig,
+    ContrastiveConfig,
+    DFTConfig,
+    DisCOConfig,
+    RolloutConfig,
+    RowConfig,
+    ScoreConfig,
+)
+from llm_xrisk.trainers.contrastive import ContrastiveTrainer
 from llm_xrisk.trainers.dft import DFTTrainer
 from llm_xrisk.trainers.disco import DisCOTrainer
 from llm_xrisk.trainers.mixin import ScoreWeighBackprop
+from llm_xrisk.trainers.rows import RowTrainer
 
 __all__ = [
+    "ClassificationConfig",
+    "ClassificationTrainer",
+    "ContrastiveConfig",
+    "ContrastiveTrainer",
     "DFTConfig",
     "DFTTrainer",
     "DisCOConfig",
     "DisCOTrainer",
     "RolloutConfig",
+    "RowConfig",
+    "RowTrainer",
     "ScoreConfig",
     "ScoreWeighBackprop",
 ]

@@ -185,6 +185,107 @@ class DisCOConfig(ScoreConfig):
         super().__post_init__()
 
 
+@dataclass
+class RowConfig(ScoreConfig):
+    """What the trainers of plain rows share.
+
+    Defaults that differ from :class:`ScoreConfig`: unused columns are dropped, dropout stays,
+    activations are kept.
+
+    Args:
+        objective: A name in :data:`~llm_xrisk.objectives.OBJECTIVES`.
+        objective_kwargs: Further settings of the objective, as JSON.
+        gamma: gamma in (0, 1], weight of the new mini-batch value; by default the objective's.
+        gamma_decay_epochs: E > 0 lets gamma fall from 1 to ``gamma`` over E epochs by a cosine.
+        tau: Temperature > 0; by default the objective's.
+        objective_lr: Step size of what the objective learns itself, if anything: the a and b of
+            ``AUCMargin``, a global temperature.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *ScoreConfig._VALID_DICT_FIELDS,
+        "objective_kwargs",
+    ]
+
+    objective: str = field(default="", metadata={"help": "A name in llm_xrisk.objectives."})
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further settings of the objective, as JSON."}
+    )
+    gamma: float | None = field(
+        default=None, metadata={"help": "gamma in (0, 1]: weight of the new value."}
+    )
+    gamma_decay_epochs: float = field(
+        default=0.0, metadata={"help": "E: cosine from 1 to gamma over E epochs; 0 is constant."}
+    )
+    tau: float | None = field(default=None, metadata={"help": "tau > 0."})
+    objective_lr: float = field(
+        default=1e-2, metadata={"help": "Step size of the objective's own parameters, if any."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=True, metadata={"help": "Drop columns that neither model nor objective takes."}
+    )
+    disable_dropout: bool = field(
+        default=False, metadata={"help": "Set dropout to 0; else both passes draw the same."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass."}
+    )
+
+
+@dataclass
+class ClassificationConfig(RowConfig):
+    """Settings of :class:`~llm_xrisk.trainers.ClassificationTrainer`.
+
+    Args:
+        objective: "AveragePrecision", "PairwiseAUC", "AUCMargin", "OPAUCSoft", "TPAUCSoft", ...
+        sampling_rate: Share of positives in each batch, in (0, 1), by a ``DualSampler``; by
+            default rows come shuffled. Tell ``AveragePrecision`` the data's share by
+            ``objective_kwargs={"prior": ...}``.
+    """
+
+    objective: str = field(
+        default="AveragePrecision", metadata={"help": "A name in llm_xrisk.objectives."}
+    )
+    sampling_rate: float | None = field(
+        default=None, metadata={"help": "Share of positives in each batch; default: shuffled."}
+    )
+
+
+@dataclass
+class ContrastiveConfig(RowConfig):
+    """Settings of :class:`~llm_xrisk.trainers.ContrastiveTrainer`.
+
+    Args:
+        objective: "GlobalContrastive" (two views), "RobustGlobalContrastive", "GlobalCLIP" (two
+            modalities), or the mini-batch losses "InfoNCE" and "CLIPLoss".
+        temperature: "constant"; for GlobalCLIP also "global" (one learned tau, FastCLIP-v3) and
+            "individual" (one for each sample and side, v2), which begin at ``tau``.
+        rho: Radius of the divergence that learned temperatures trade against; 6 to 16 in the
+            authors' recipes.
+    """
+
+    objective: str = field(
+        default="GlobalContrastive", metadata={"help": "A name in llm_xrisk.objectives."}
+    )
+    temperature: str = field(
+        default="constant", metadata={"help": "constant; GlobalCLIP: also global, individual."}
+    )
+    rho: float = field(default=6.5, metadata={"help": "rho of learned temperatures, >= 0."})
+
+    def __post_init__(self) -> None:
+        if self.temperature not in ("constant", "global", "individual"):
+            raise ValueError(
+                "temperature must be constant, global or individual, got "
+                f"{self.temperature!r}; a number is set by tau"
+            )
+        if self.temperature != "constant" and self.objective != "GlobalCLIP":
+            raise ValueError(
+                f"got temperature={self.temperature!r} with {self.objective}; learned temperatures "
+                "are GlobalCLIP's here (RobustGlobalContrastive has its own), or pass an objective"
+            )
+        super().__post_init__()
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """How completions are generated for training.

@@ -10,13 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 _PEFT_HINT = 'LoRA needs peft: pip install "peft>=0.17"'
 
 
-def load_model(model: str | nn.Module, init_kwargs: Any, peft_config: Any) -> Any:
-    """Load a causal language model by name and put an adapter on it if asked to.
+def load_model(
+    model: str | nn.Module, init_kwargs: Any, peft_config: Any, auto: Any = AutoModelForCausalLM
+) -> Any:
+    """Load a model by name, by default a causal language model, and put an adapter on it if asked.
 
     Args:
         model: A path, a model, or a PEFT model.
         init_kwargs: For ``from_pretrained``.
         peft_config: An adapter's configuration, or None.
+        auto: The class of transformers that loads a name.
 
     Raises:
         ValueError: ``init_kwargs`` with a model that is loaded already, an adapter on top of one,
@@ -24,7 +27,7 @@ def load_model(model: str | nn.Module, init_kwargs: Any, peft_config: Any) -> An
         ImportError: peft is needed and missing.
     """
     if isinstance(model, str):
-        name, model = model, AutoModelForCausalLM.from_pretrained(model, **(init_kwargs or {}))
+        name, model = model, auto.from_pretrained(model, **(init_kwargs or {}))
         if hasattr(model, "peft_config"):
             raise ValueError(
                 f"got {name!r}, which is an adapter; to train it further pass the model "
@@ -47,7 +50,7 @@ def load_model(model: str | nn.Module, init_kwargs: Any, peft_config: Any) -> An
             "got a PEFT model and a peft_config; pass the base model with the config, or the PEFT "
             "model without"
         )
-    return get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+    return get_peft_model(model, peft_config)  # pyright: ignore
 
 
 def load_tokenizer(processing_class: Any, model: Any) -> Any:

@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,7 +146,8 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
             loss = output.loss if share is None else output.loss * share
         else:
             weighted = [(inputs["coefficients"][name] * rows[name]).sum() for name in rows]
-            surrogate = torch.stack(weighted).sum()
+            own = zip(inputs.get("own_coefficients", ()), self._own_parameters(), strict=False)
+            surrogate = torch.stack(weighted + [(c * weight).sum() for c, weight in own]).sum()
             # the value of the objective, the gradient of the weighted scores
             loss = inputs["loss_value"] + (surrogate - surrogate.detach())
         return (loss, rows) if return_outputs else loss
@@ -173,11 +175,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     def _weigh(self, batches: list[Batch]) -> list[Batch]:
         self.objective.train()
         if self.replays_randomness:
-            seeds = torch.randint(
-                2**62, (len(batches),)
-            ).tolist()  # of the CPU: checkpoints have it
-            own = self.args.process_index
-            batches = [b | {"seed": s + own} for b, s in zip(batches, seeds, strict=True)]
+            batches = [b | {"seed": self._seed(k)} for k, b in enumerate(batches)]
         scored = [b.get("row_scores") or self._scored(b) for b in batches]
         names = list(scored[0])
         rows = {n: torch.cat([s[n] for s in scored]).detach().requires_grad_() for n in names}
@@ -185,13 +183,15 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         merged = {n: torch.cat([b[n] for b in batches]) for n in columns}
         with torch.enable_grad():
             output = self._objective_of(rows, merged)
-            grads = torch.autograd.grad(output.loss, list(rows.values()), allow_unused=True)
+            leaves = [*rows.values(), *self._own_parameters()]
+            grads = torch.autograd.grad(output.loss, leaves, allow_unused=True)
+            grads = [
+                torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)
+            ]
         self.record(dict(output.metrics), "train")
         sizes = [next(iter(s.values())).shape[0] for s in scored]
-        split = {
-            n: (torch.zeros_like(rows[n]) if g is None else g).split(sizes)
-            for n, g in zip(names, grads, strict=True)
-        }
+        split = {n: g.split(sizes) for n, g in zip(names, grads, strict=False)}
+        batches[0]["own_coefficients"] = grads[len(names) :]
         value = output.loss.detach() / len(batches)
         return [
             _without_inert_rows(b | {"coefficients": {n: split[n][k] for n in names}})
@@ -199,12 +199,21 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
             for k, b in enumerate(batches)
         ]
 
+    def _own_parameters(self) -> list[nn.Parameter]:
+        """What the objective learns besides the model: AUC's a and b, a temperature."""
+        return [weight for weight in self.objective.parameters() if weight.requires_grad]
+
     def _scored(self, batch: Batch) -> dict[str, Tensor]:
         """The numbers of a micro-batch's rows, without graph."""
         model = self.model_wrapped
         mode = nullcontext() if self.replays_randomness else evaluation_mode(model)
         with mode, self.compute_loss_context_manager(), self._randomness(batch):
             return self.row_scores(model, batch)
+
+    def _seed(self, number: int) -> int:
+        """Of the random numbers of a micro-batch: the same in a run that is resumed."""
+        place = (self.args.seed, self.state.global_step, number, self.args.process_index)
+        return Random("/".join(map(str, place))).getrandbits(62)
 
     @contextmanager
     def _randomness(self, batch: Batch) -> Iterator[None]:

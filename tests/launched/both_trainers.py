@@ -1,4 +1,4 @@
-"""DFT and DisCO in one launch; every process writes down where it believes to be and what it has.
+"""Trainers of each kind in one launch; every process writes down where it believes to be and what it has.
 
     accelerate launch ... tests/launched/both_trainers.py FOLDER [--zero] [--runs dft disco ...]
 
@@ -15,14 +15,26 @@ from transformers import TrainerCallback
 
 from llm_xrisk.fcco import leave
 from tests.trainers.build import LORA, dft_trainer, disco_trainer, losses, pairs
+from tests.trainers.rows_of import classification_trainer, contrastive_trainer
 
 PROMPTS, ROWS = 8, 16  # per optimizer step, on all processes together
+ROW_TRAINERS: dict[str, Any] = {
+    "classification": classification_trainer,
+    "contrastive": contrastive_trainer,
+}
 
 
 def build(run: str, folder: Path, world: int, **settings: Any) -> Any:
     """The trainer of a run on any number of processes: the same mini-batches on each."""
     model = str(folder / "model")
     settings = {"max_steps": 4} | settings
+    if run in ROW_TRAINERS:
+        return ROW_TRAINERS[run](
+            folder / run,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=PROMPTS // 2 // world,
+            **settings,
+        )
     if run.startswith("disco"):
         # two rows to a micro-batch tear the four answers to a question apart
         return disco_trainer(

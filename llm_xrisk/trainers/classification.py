@@ -1,0 +1,140 @@
+"""Classifiers of transformers trained for AUC, average precision and their like."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from llm_xrisk.data import DualSampler
+from llm_xrisk.trainers.config import ClassificationConfig, require_config
+from llm_xrisk.trainers.loading import load_model
+from llm_xrisk.trainers.mixin import Batch
+from llm_xrisk.trainers.rows import RowTrainer, model_inputs
+
+_MOST_PAIRS = 10**8  # of an exact objective: 400 MB a matrix
+
+
+class ClassificationTrainer(RowTrainer):
+    r"""Trains any classifier of transformers for what its ranking is judged by.
+
+    Average precision, AUC, partial AUC, of one label or of several at once
+    (:class:`~llm_xrisk.objectives.AveragePrecision` and its neighbours), where cross-entropy is
+    blind to imbalance. A row's score is its logit: the only one, the second less the first of
+    two, or each of L for L labels.
+
+    Args:
+        model: Name of a sequence classifier, or any model whose output has ``logits``.
+        args: Settings; a :class:`ClassificationConfig`.
+        objective: An objective; by default the one that ``args`` names.
+        train_dataset: Rows as the model takes them, with ``label`` or ``labels`` (0 and 1; a
+            list for several labels) and ``index`` (:func:`llm_xrisk.data.with_index`).
+        eval_dataset: The same; needs no index.
+        batch_sampler: Draws the rows of each batch of this process; by default a
+            :class:`~llm_xrisk.data.DualSampler` where ``args.sampling_rate`` is set.
+        peft_config: Adapter to put on the model.
+        **kwargs: For ``transformers.Trainer``: processing_class, data_collator, compute_metrics
+            (its predictions are the scores: :func:`llm_xrisk.evaluation.ranking_metrics`), ...
+
+    Raises:
+        ValueError: rows without an index, targets other than 0 and 1, logits the objective
+            cannot rank, or settings of another trainer.
+
+    Example:
+        In short::
+
+            args = ClassificationConfig(output_dir="out", objective="AveragePrecision",
+                                        sampling_rate=0.25, objective_kwargs={"prior": 0.02})
+            trainer = ClassificationTrainer("roberta-base", args, train_dataset=with_index(data))
+            trainer.train()
+
+    Metrics: those of the objective. ``eval_loss`` is the objective of the whole evaluation set
+    where its pairs fit into memory (1e8 of them), else the mean over its batches.
+    """
+
+    _tag_names = ("llm-xrisk", "x-risk-optimization")
+    _method = "X-risk optimization of a classifier, objective {objective}"
+    _source = "[arXiv 2206.00439](https://arxiv.org/abs/2206.00439)"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: ClassificationConfig | None = None,
+        *,
+        objective: Any = None,
+        train_dataset: Any = None,
+        batch_sampler: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or ClassificationConfig(output_dir="classification-output")
+        require_config(args, ClassificationConfig)
+        classifier = load_model(
+            model, args.model_init_kwargs, peft_config, auto=AutoModelForSequenceClassification
+        )
+        if batch_sampler is None and args.sampling_rate is not None and train_dataset is not None:
+            batch_sampler = DualSampler(
+                _labels(train_dataset),
+                batch_size=args.per_device_train_batch_size * args.world_size,
+                sampling_rate=args.sampling_rate,
+                num_replicas=args.world_size,
+                rank=args.process_index,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+            )
+        self._labels = _several_labels(classifier)
+        super().__init__(
+            classifier,
+            args,
+            objective=objective,
+            train_dataset=train_dataset,
+            batch_sampler=batch_sampler,
+            **kwargs,
+        )
+
+    def own_settings(self) -> dict[str, Any]:
+        """Several labels, where the model says that it has them."""
+        return {} if self._labels is None else {"num_labels": self._labels}
+
+    def row_scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The score of each row, or the scores of its labels."""
+        return {"scores": self._ranked(model(**model_inputs(batch)).logits)}
+
+    def _ranked(self, logits: Tensor) -> Tensor:
+        labels, columns = self.objective.num_labels, logits.shape[-1]
+        if labels is not None and columns == labels:
+            return logits
+        if labels is None and logits.dim() == 2 and columns <= 2:
+            return logits[:, 1] - logits[:, 0] if columns == 2 else logits[:, 0]
+        raise ValueError(
+            f"got logits {tuple(logits.shape)} and an objective of num_labels={labels}; it ranks "
+            "one score a row (a model of one or two logits), or one for each of L labels (a model "
+            'with problem_type="multi_label_classification" and num_labels=L)'
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, with the objective of all rows together where that fits into memory."""
+        kwargs["prediction_loss_only"] = False
+        output = super().evaluation_loop(*args, **kwargs)
+        scores, targets = output.predictions, output.label_ids
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if scores is None or targets is None:
+            return output
+        if (targets > 0).sum() * len(targets) <= _MOST_PAIRS:
+            rows = {"scores": torch.from_numpy(scores), "targets": torch.from_numpy(targets)}
+            loss = self.exact(**{name: t.to(self.args.device) for name, t in rows.items()})
+            output.metrics[f"{prefix}_loss"] = float(loss)
+        return output
+
+
+def _several_labels(model: Any) -> int | None:
+    """How many labels a model says it has for each row; None where there is one."""
+    config = model.config
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    return config.num_labels if several else None
+
+
+def _labels(rows: Any) -> Any:
+    """What a sampler reads labels from: the data set, or the labels of a list of rows."""
+    if not isinstance(rows, list) or "labels" not in rows[0]:
+        return rows
+    return [row["labels"] for row in rows]
