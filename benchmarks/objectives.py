@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/objectives.py [--libauc-python PATH]
 
 Each number is the median over rounds of a round's 20th percentile (other processes only ever add
-time); rounds take the losses in turn. Ratios are to binary cross-entropy for pairwise losses and
-to SimCLR's InfoNCE of the same views for contrastive ones. PATH is the interpreter of an
-environment with libauc 2.0.1, which this one does not need. JSON goes to benchmarks/results/.
+time); rounds take the losses in turn. Ratios are to binary cross-entropy, and for contrastive ones
+to the InfoNCE of the same views: SimCLR's of 2B views, or CLIP's between B images and B texts. PATH
+is the interpreter of an environment with libauc 2.0.1, which this one does not need. JSON goes to
+benchmarks/results/.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,8 @@ from torch import Tensor
 Step = Callable[[], Tensor]
 RESULTS = Path(__file__).parent / "results"
 SEED, SAMPLES, WIDTH, SHARE = 0, 10_000, 128, 0.25
+LABELS, LABELLED_BATCH = 20, 256
+INFO_NCE, CLIP_INFO_NCE = "InfoNCE of 2B views", "InfoNCE between two views (CLIP)"
 
 
 def rows(batch: int) -> dict[str, Tensor]:
@@ -76,30 +81,114 @@ def baselines(batch: int) -> dict[str, Step]:
         "BCE": lambda: F.binary_cross_entropy_with_logits(scores, labels),
         "AveragePrecision, plain autograd": plain_average_precision,
         "OPAUCSoft, plain autograd": plain_opauc,
-        "InfoNCE of 2B views": info_nce,
-        "InfoNCE between two views (CLIP)": clip_info_nce,
+        INFO_NCE: info_nce,
+        CLIP_INFO_NCE: clip_info_nce,
     }
 
 
 def ours(batch: int) -> dict[str, Step]:
-    """The objectives of this package."""
+    """Every objective of this package, by its name."""
+    from llm_xrisk.objectives import OBJECTIVES
+
+    cases = classes(batch) | lists(batch) | sequences(batch) | views(batch) | robust(batch)
+    missing = set(OBJECTIVES) - set(cases)
+    if missing:
+        raise KeyError(f"no row for {sorted(missing)}; add one in {Path(__file__).name}")
+    return cases
+
+
+def classes(batch: int) -> dict[str, Step]:
+    """Objectives of a positive and a negative class."""
     from llm_xrisk import objectives as o
 
     data = rows(batch)
-    scores, targets, index, group = (data[k] for k in ("scores", "targets", "index", "group"))
+    scores, targets, index = data["scores"], data["targets"], data["index"]
+    keyed = (o.AveragePrecision, o.OPAUC, o.OPAUCSoft, o.TPAUC, o.TPAUCSoft)
+    built = {kind.__name__: kind(SAMPLES) for kind in keyed}
+    built |= {"PairwiseAUC": o.PairwiseAUC(), "AUCMargin": o.AUCMargin()}
+    return {name: partial(loss_of, built[name], scores, targets, index=index) for name in built}
+
+
+def several_labels(batch: int) -> dict[str, Step]:
+    """The same for many labels at once, a tenth of the rows positive, and BCE."""
+    from llm_xrisk import objectives as o
+
+    generator = torch.Generator().manual_seed(SEED)
+    scores = torch.randn(batch, LABELS, generator=generator).requires_grad_()
+    targets = (torch.rand(batch, LABELS, generator=generator) < 0.1).long()
+    labels, index = targets.float(), torch.randperm(SAMPLES, generator=generator)[:batch]
+    keyed = (o.AveragePrecision, o.OPAUC, o.OPAUCSoft, o.TPAUC, o.TPAUCSoft)
+    built = {kind.__name__: kind(SAMPLES, num_labels=LABELS) for kind in keyed}
+    built |= {kind.__name__: kind(num_labels=LABELS) for kind in (o.PairwiseAUC, o.AUCMargin)}
+    return {
+        "BCE": lambda: F.binary_cross_entropy_with_logits(scores, labels),
+        **{name: partial(loss_of, built[name], scores, targets, index=index) for name in built},
+    }
+
+
+def lists(batch: int) -> dict[str, Step]:
+    """Objectives of ranked lists, of 16 items with 4 relevant ones each."""
+    from llm_xrisk import objectives as o
+    from llm_xrisk.objectives.ndcg import ranking_statistics
+
+    scores, query = rows(batch)["scores"], torch.arange(batch) // 16
+    relevant = (torch.arange(batch) % 4 == 0).long()
+    statistics = ranking_statistics(relevant, query)
+    built = {
+        "NDCG": o.NDCG(SAMPLES, *statistics),
+        "TopKNDCG": o.TopKNDCG(SAMPLES, *statistics, top_k=5),
+        "ListwiseCrossEntropy": o.ListwiseCrossEntropy(SAMPLES, *statistics[:2]),
+    }
+    given = {"index": torch.arange(batch), "query": query}
+    return {name: partial(loss_of, built[name], scores, relevant, **given) for name in built}
+
+
+def sequences(batch: int) -> dict[str, Step]:
+    """Objectives of language models, four rows a question."""
+    from llm_xrisk import objectives as o
+
+    data = rows(batch)
+    scores, group = data["scores"], data["group"]
     mixed = (torch.arange(batch) % 4 == 0).long()
     trust = {"group": group, "kl": data["kl"], "length": data["length"]}
-    precision, partial = o.AveragePrecision(SAMPLES), o.OPAUCSoft(SAMPLES)
-    dft, disco, grpo = o.DFT2(SAMPLES), o.DisCO(), o.GRPO()
-    contrastive = o.GlobalContrastive(SAMPLES)
-    return {
-        "AveragePrecision": lambda: precision(scores, targets, index=index).loss,
-        "OPAUCSoft": lambda: partial(scores, targets, index=index).loss,
-        "DFT2": lambda: dft(scores, mixed, index=group).loss,
-        "DisCO": lambda: disco(scores, mixed, **trust).loss,
-        "GRPO": lambda: grpo(scores, mixed, **trust).loss,
-        "GlobalContrastive": lambda: contrastive(data["first"], data["second"], index=index).loss,
+    tuned = {
+        "DFT": partial(o.DFT(SAMPLES), index=group, ref_log_likelihood=-20 * data["kl"]),
+        "DFT2": partial(o.DFT2(SAMPLES), index=group),
     }
+    reasoning = (o.DisCO(), o.GRPO(), o.DAPO(), o.DrGRPO(max_length=20))
+    built = tuned | {type(kind).__name__: partial(kind, **trust) for kind in reasoning}
+    return {name: partial(loss_of, built[name], scores, mixed) for name in built}
+
+
+def views(batch: int) -> dict[str, Step]:
+    """Contrastive objectives of two views of 128 numbers, and of scores of sampled classes."""
+    from llm_xrisk import objectives as o
+
+    data = rows(batch)
+    both = (data["first"], data["second"])
+    keyed = (o.GlobalContrastive, o.RobustGlobalContrastive, o.GlobalCLIP)
+    built = {kind.__name__: partial(kind(SAMPLES), index=data["index"]) for kind in keyed}
+    built |= {kind.__name__: kind() for kind in (o.InfoNCE, o.CLIPLoss)}
+    extreme = o.ExtremeClassification(SAMPLES, num_classes=10 * SAMPLES)
+    own, index = torch.arange(batch) % WIDTH, data["index"]
+    return {
+        "ExtremeClassification": partial(loss_of, extreme, data["first"], own, index=index),
+        **{name: partial(loss_of, built[name], *both) for name in built},
+    }
+
+
+def robust(batch: int) -> dict[str, Step]:
+    """Distributionally robust means of losses."""
+    from llm_xrisk import objectives as o
+
+    losses = rows(batch)["scores"]
+    kinds = (o.KLDRO, o.KLConstrainedDRO, o.CVaRDRO, o.Chi2DRO, o.Chi2ConstrainedDRO)
+    return {kind.__name__: partial(loss_of, kind(), losses) for kind in kinds}
+
+
+def loss_of(objective: Callable[..., Any], *tensors: Tensor, **given: Tensor) -> Tensor:
+    """The loss of an objective's output."""
+    return objective(*tensors, **given).loss
 
 
 def libauc(batch: int) -> dict[str, Step]:
@@ -161,16 +250,17 @@ def libauc_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return json.loads(output.splitlines()[-1])
 
 
-def table(batch: int, times: dict[str, float]) -> list[dict[str, object]]:
+def table(batch: int, times: dict[str, float], labels: int = 1) -> list[dict[str, object]]:
     """Rows of a loss, its milliseconds, and the ratio to its baseline; printed on the way."""
     result = []
-    print(f"\nB = {batch}\n{'loss':36} {'ms':>8}   ratio")
+    print(f"\nB = {batch}, labels = {labels}\n{'loss':36} {'ms':>8}   ratio")
     for name, ms in times.items():
-        contrastive = any(word in name for word in ("NCE", "Contrastive", "GCLoss"))
-        base = "InfoNCE of 2B views" if contrastive else "BCE"
+        base = INFO_NCE if any(word in name for word in ("NCE", "Contrastive", "GCLoss")) else "BCE"
+        base = CLIP_INFO_NCE if "CLIP" in name else base
         print(f"{name:36} {ms:8.3f}   {ms / times[base]:6.2f} x {base}")
         result.append(
-            {"batch": batch, "loss": name, "ms": ms, "ratio": ms / times[base], "to": base}
+            {"batch": batch, "labels": labels, "loss": name, "ms": ms}
+            | {"ratio": ms / times[base], "to": base}
         )
     return result
 
@@ -190,6 +280,8 @@ def main() -> None:
         cases = baselines(batch) | ours(batch)
         times = measure(cases, args.rounds, args.calls) | other.get(str(batch), {})
         results += table(batch, times)
+    times = measure(several_labels(LABELLED_BATCH), args.rounds, args.calls)
+    results += table(LABELLED_BATCH, times, LABELS)
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Trainers of each kind in one launch; every process writes down where it believes to be and what it has.
+"""Trainers of each kind in one launch; every process writes down where it is and what it has.
 
     accelerate launch ... tests/launched/both_trainers.py FOLDER [--zero] [--runs dft disco ...]
 
