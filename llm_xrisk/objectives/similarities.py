@@ -16,7 +16,6 @@ from llm_xrisk.objectives.base import Objective, observed_max, observed_mean, wr
 from llm_xrisk.objectives.pair_gradients import with_cross_gradient, with_similarity_gradient
 from llm_xrisk.objectives.pairs import effective_fraction, logsumexp, same_group
 
-
 EXCLUDED = 1e30
 
 
