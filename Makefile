@@ -19,8 +19,7 @@ BROKEN := torchvision torchaudio torchcodec
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart quickstart-seeds test test-fast test-objectives test-reward test-dist \
-        test-vllm test-slow \
-        check test-matrix bench lock clean
+        test-vllm test-slow check test-matrix bench bench-outcomes lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,8 +93,14 @@ test-matrix: ## test-fast and test-objectives on the oldest and the newest depen
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED with:$$failed"; exit 1; fi
 
-bench: venv ## run the benchmarks that need no GPU; they print ratios
-	for script in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+bench: venv ## run the benchmarks of speed that need no GPU; they print ratios
+	for name in objectives trl_step verifier; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# LIBAUC=PATH runs LibAUC beside imbalanced.py, by the interpreter of an environment of its own; see libauc_peer.py.
+bench-outcomes: venv ## what the classic X-risks come to on real data: half an hour to an hour each, resumable
+	$(PIP) install --quiet "scikit-learn>=1.5" "lightgbm>=4.5"
+	for name in contrastive extreme_classification ranking "imbalanced $(if $(LIBAUC),--libauc-python $(LIBAUC))"; do \
+		set -- $$name; script=$$1; shift; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py "$$@" || exit 1; done
 
 lock: ## rewrite requirements/lock.txt from .venv, keeping its heading
 	{ sed -n '/^#/p' requirements/lock.txt; $(PIP) freeze --exclude-editable \

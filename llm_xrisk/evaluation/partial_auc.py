@@ -85,7 +85,7 @@ def two_way_partial_auc(scores: Any, targets: Any, min_tpr: float, max_fpr: floa
 
 def _first(count: float, size: int) -> Floats:
     """Weights 1 for the first ``count`` of ``size`` rows, a fraction for the one on the edge."""
-    return np.clip(count - np.arange(size), 0.0, 1.0)
+    return np.clip(count - np.arange(size, dtype=np.float64), 0.0, 1.0)
 
 
 def _classes(scores: Any, targets: Any) -> tuple[Floats, Floats]:
