@@ -55,6 +55,12 @@ def upper_quantile(scores: Tensor, weight: Tensor, slot: Tensor, level: Tensor) 
     sums = torch.zeros_like(weight).index_add(0, slot, weight)
     reached = ordered.cumsum(0) - (sums.cumsum(0) - sums)[place]
     aim = level[order]
-    there = (reached >= aim) & (reached - ordered < aim)
+    # the first row of each slot that reaches it: two roundings of one sum may not be compared
+    same = place[1:] == place[:-1]
+    last = torch.ones_like(place, dtype=torch.bool)
+    last[:-1] = ~same
+    enough = ((reached >= aim) | last) & (aim <= 1)
+    there = enough.clone()
+    there[1:] &= ~(enough[:-1] & same)
     value = scores[order].masked_fill(~there, 0.0)
     return torch.zeros_like(scores).index_add(0, place, value)[slot]

@@ -234,6 +234,18 @@ def test_with_k_of_the_longest_list_it_is_ndcg() -> None:
         assert torch.equal(got.gradients["scores"], want.gradients["scores"])
 
 
+def test_upper_quantile_is_one_score_of_each_list_at_ties() -> None:
+    """Levels that a sum of weights reaches exactly, as sampled lists have them."""
+    slot = torch.arange(60) // 3
+    weight = torch.tensor([2.0, 3.5, 3.5]).repeat(20) / 9
+    scores = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    for level in (2.0, 3.5, 5.5, 7.0, 9.0):
+        got = upper_quantile(scores, weight, slot, torch.full((60,), level / 9)).view(20, 3)
+        own = scores.view(20, 3)
+        assert (got == got[:, :1]).all()
+        assert (got[:, :1] == own).any(1).all()
+
+
 def test_upper_quantile_solves_the_lower_level_of_each_list() -> None:
     generator = torch.Generator().manual_seed(0)
     slot = torch.randint(0, 5, (60,), generator=generator)
