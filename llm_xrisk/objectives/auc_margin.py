@@ -6,13 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_xrisk.fcco.groups import readable
+from llm_xrisk.fcco.keyed import kept
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
-from llm_xrisk.objectives.base import (
-    Objective,
-    ObjectiveOutput,
-    masked_mean,
-    widened,
-)
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.objectives.reductions import masked_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Squared, SquaredHinge
 
 
@@ -47,7 +44,7 @@ class AUCMargin(Objective):
     Shapes:
         scores (B,) or (B, L), targets the same, 1 or 0 (or 1 and -1, or booleans). No index.
 
-    State: for each label the parameters a and b, alpha and whether they have started, 17 bytes.
+    State: for each label the parameters a and b, alpha and whether they have started, 13 bytes.
     Give the parameters to the optimizer, without weight decay. A label without both classes in the
     batch is left out: no loss, no step of alpha, gradients of 0.
 
@@ -72,6 +69,7 @@ class AUCMargin(Objective):
 
     alpha: Tensor
     started: Tensor
+    gamma: Tensor
 
     def __init__(
         self,
@@ -93,15 +91,18 @@ class AUCMargin(Objective):
         self.register_buffer("alpha", alpha)
         self.register_buffer("started", torch.full((count,), initial is not None))
         self.schedule = gamma if callable(gamma) else constant(gamma)
+        # a tensor: compiled code would be compiled anew for each number
+        self.register_buffer("gamma", torch.tensor(1.0, dtype=state_dtype), persistent=False)
         self.set_epoch(0.0)
 
     def set_epoch(self, epoch: float) -> None:
         """Set gamma to its schedule's value at ``epoch``."""
-        self.gamma = self.schedule(epoch)
-        if not 0 < self.gamma <= 1:
+        gamma = self.schedule(epoch)
+        if not 0 < gamma <= 1:
             raise ValueError(
-                f"gamma must be in (0, 1], got {self.gamma}; Algorithm 27's step tau is 2 gamma"
+                f"gamma must be in (0, 1], got {gamma}; Algorithm 27's step tau is 2 gamma"
             )
+        self.gamma.fill_(gamma)
 
     def stats(self) -> dict[str, float]:
         """What the state holds, read on the host: means over the labels."""
@@ -140,7 +141,7 @@ class AUCMargin(Objective):
         """Put a, b and alpha of the labels that have not started at the saddle of the batch."""
         if readable(self.started) and bool(self.started.all()):
             return
-        first = classes.both & ~self.started
+        first = classes.both & ~self.started & classes.gap.isfinite()
         alpha = (2 * (self.surrogate.margin + classes.gap)).clamp(self.lowest)
         found = ((self.a, classes.positive_mean), (self.b, classes.negative_mean))
         for state, value in (*found, (self.alpha, alpha)):
@@ -149,10 +150,10 @@ class AUCMargin(Objective):
 
     def _ascend(self, classes: "_Classes") -> Tensor:
         """(6.21) of each label at its alpha_t, (L,), and the step to alpha_{t+1}."""
-        alpha, rise = self.alpha.clone(), self.surrogate.margin + classes.gap
+        alpha, rise = kept(self.alpha.clone()), self.surrogate.margin + classes.gap
         with torch.no_grad():  # line 4
             new = torch.lerp(alpha, 2 * rise.to(alpha.dtype), self.gamma).clamp(self.lowest)
-            self.alpha.copy_(torch.where(classes.both, new, alpha))
+            self.alpha.copy_(torch.where(classes.both & new.isfinite(), new, alpha))
         # the mean of (h - a)^2 is the variance of h and the square of what its mean lacks to a
         to_a, to_b = classes.positive_mean - self.a, classes.negative_mean - self.b
         return classes.variance + to_a * to_a + to_b * to_b + alpha * (rise - alpha / 4)

@@ -22,6 +22,7 @@ class TestAUCMargin(ObjectiveContract):
     objective_class: ClassVar[type[Objective]] = AUCMargin
     num_labels: ClassVar[int | None] = None
     hinge: ClassVar[bool] = True
+    compile_backend: ClassVar[str] = "inductor"  # which would read alpha after its step
 
     def make_batch(self, generator: torch.Generator) -> Batch:
         shape = (9,) if self.num_labels is None else (9, self.num_labels)
