@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from llm_xrisk.data import DualSampler
+from llm_xrisk.objectives import Objective, SequenceObjective
 from llm_xrisk.trainers.config import ClassificationConfig, require_config
 from llm_xrisk.trainers.loading import load_model
 from llm_xrisk.trainers.mixin import Batch
@@ -72,7 +73,15 @@ class ClassificationTrainer(RowTrainer):
         classifier = load_model(
             model, args.model_init_kwargs, peft_config, auto=AutoModelForSequenceClassification
         )
-        if batch_sampler is None and args.sampling_rate is not None and train_dataset is not None:
+        self._labels = _several_labels(classifier)
+        if self._labels is not None and args.sampling_rate is not None:
+            raise ValueError(
+                "sampling_rate is for one label, and this model has several; pass "
+                "batch_sampler=llm_xrisk.data.TriSampler(...)"
+            )
+        if batch_sampler is not None and args.sampling_rate is not None:
+            raise ValueError("got both a batch_sampler and sampling_rate; drop one of them")
+        if args.sampling_rate is not None and train_dataset is not None:
             batch_sampler = DualSampler(
                 _labels(train_dataset),
                 batch_size=args.per_device_train_batch_size * args.world_size,
@@ -81,7 +90,6 @@ class ClassificationTrainer(RowTrainer):
                 rank=args.process_index,
                 seed=args.seed if args.data_seed is None else args.data_seed,
             )
-        self._labels = _several_labels(classifier)
         super().__init__(
             classifier,
             args,
@@ -90,6 +98,11 @@ class ClassificationTrainer(RowTrainer):
             batch_sampler=batch_sampler,
             **kwargs,
         )
+
+    @staticmethod
+    def takes(kind: type[Objective]) -> bool:
+        """Objectives of labels."""
+        return kind.binary_targets and not issubclass(kind, SequenceObjective)
 
     def own_settings(self) -> dict[str, Any]:
         """Several labels, where the model says that it has them."""
@@ -128,9 +141,9 @@ class ClassificationTrainer(RowTrainer):
 
 def _several_labels(model: Any) -> int | None:
     """How many labels a model says it has for each row; None where there is one."""
-    config = model.config
+    config = getattr(model, "config", None)
     several = getattr(config, "problem_type", None) == "multi_label_classification"
-    return config.num_labels if several else None
+    return config.num_labels if config is not None and several else None
 
 
 def _labels(rows: Any) -> Any:

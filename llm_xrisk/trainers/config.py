@@ -261,7 +261,7 @@ class ContrastiveConfig(RowConfig):
         temperature: "constant"; for GlobalCLIP also "global" (one learned tau, FastCLIP-v3) and
             "individual" (one for each sample and side, v2), which begin at ``tau``.
         rho: Radius of the divergence that learned temperatures trade against; 6 to 16 in the
-            authors' recipes.
+            authors' recipes; by default 6.5, and RobustGlobalContrastive's own.
     """
 
     objective: str = field(
@@ -270,13 +270,20 @@ class ContrastiveConfig(RowConfig):
     temperature: str = field(
         default="constant", metadata={"help": "constant; GlobalCLIP: also global, individual."}
     )
-    rho: float = field(default=6.5, metadata={"help": "rho of learned temperatures, >= 0."})
+    rho: float | None = field(
+        default=None, metadata={"help": "rho of learned temperatures, >= 0 (6.5; the objective's)."}
+    )
 
     def __post_init__(self) -> None:
         if self.temperature not in ("constant", "global", "individual"):
             raise ValueError(
                 "temperature must be constant, global or individual, got "
                 f"{self.temperature!r}; a number is set by tau"
+            )
+        learns = self.temperature != "constant" or self.objective == "RobustGlobalContrastive"
+        if self.rho is not None and not learns:
+            raise ValueError(
+                f"got rho={self.rho} and a constant temperature, which has none; drop it"
             )
         if self.temperature != "constant" and self.objective != "GlobalCLIP":
             raise ValueError(

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from llm_xrisk.data.views import ViewsCollator
+from llm_xrisk.objectives import Objective
+from llm_xrisk.objectives.similarities import ContrastiveObjective
 from llm_xrisk.objectives.temperatures import GlobalTemperature, IndividualTemperature
 from llm_xrisk.trainers.config import ContrastiveConfig, require_config
 from llm_xrisk.trainers.loading import load_model
@@ -90,18 +92,24 @@ class ContrastiveTrainer(RowTrainer):
             **kwargs,
         )
 
+    @staticmethod
+    def takes(kind: type[Objective]) -> bool:
+        """Objectives of two matrices of features."""
+        return issubclass(kind, ContrastiveObjective)
+
     def own_settings(self) -> dict[str, Any]:
         """The temperature modules that the settings name."""
         args, tau = self.args, 0.03 if self.args.tau is None else self.args.tau
+        rho = 6.5 if args.rho is None else args.rho
         if args.temperature == "global":
-            return {"tau": GlobalTemperature(tau, args.rho)}
+            return {"tau": GlobalTemperature(tau, rho)}
         if args.temperature == "individual":
             sides = [
-                IndividualTemperature(self._num_samples, tau, args.rho, lower=0.01, upper=1.0)
+                IndividualTemperature(self._num_samples, tau, rho, lower=0.01, upper=1.0)
                 for _ in range(2)
             ]
             return {"tau": sides[0], "text_tau": sides[1]}
-        return {}
+        return {} if args.rho is None else {"rho": args.rho}
 
     def row_columns(self) -> list[str]:
         """Columns that are not the model's and stay in the data."""

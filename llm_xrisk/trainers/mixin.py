@@ -206,6 +206,8 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
     def _scored(self, batch: Batch) -> dict[str, Tensor]:
         """The numbers of a micro-batch's rows, without graph."""
         model = self.model_wrapped
+        if self.replays_randomness:
+            model.train()  # an evaluation just before leaves it in eval mode
         mode = nullcontext() if self.replays_randomness else evaluation_mode(model)
         with mode, self.compute_loss_context_manager(), self._randomness(batch):
             return self.row_scores(model, batch)

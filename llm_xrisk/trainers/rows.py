@@ -65,10 +65,25 @@ class RowTrainer(ScoreWeighBackprop, Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self._batch_sampler = batch_sampler
         if objective is None:
+            self._require(OBJECTIVES.get(args.objective), args.objective)
             objective = named_objective(args, len(train_dataset or [0]), **self.own_settings())
+        self._require(type(objective), type(objective).__name__)
         if train_dataset is not None and objective.num_samples is not None:
             require_index_column(train_dataset, type(objective).__name__)
         self.setup_objective(objective)
+
+    @staticmethod
+    def takes(kind: type[Objective]) -> bool:
+        """Whether this trainer has the rows that objectives of this kind need."""
+        return True
+
+    def _require(self, kind: type[Objective] | None, name: str) -> None:
+        if kind is None or not self.takes(kind):
+            known = sorted(n for n, k in OBJECTIVES.items() if self.takes(k))
+            raise ValueError(
+                f"objective must be one of {known} in {type(self).__name__}, got {name!r}; use "
+                "others in a loop of your own"
+            )
 
     def own_settings(self) -> dict[str, Any]:
         """Settings of the objective that follow from the model or the data."""
@@ -95,6 +110,12 @@ class RowTrainer(ScoreWeighBackprop, Trainer):
             {"params": own, "lr": self.args.objective_lr, "weight_decay": 0.0}
         )
         return optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step; ``Trainer`` zeroes the gradients of the model alone."""
+        for weight in self._own_parameters():
+            weight.grad = None
+        return super().get_batch_samples(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of sampled batches, if there is a sampler."""
@@ -131,6 +152,7 @@ class RowTrainer(ScoreWeighBackprop, Trainer):
     @torch.no_grad()
     def exact(self, **rows: Tensor) -> Tensor:
         """The objective of all given rows, each its own sample."""
+        self.objective.eval()  # ids are those of another data set
         taken = inspect.signature(self.objective.exact).parameters
         count = len(rows["scores"])
         rows = {"index": torch.arange(count, device=rows["scores"].device)} | rows
@@ -163,18 +185,20 @@ def named_objective(args: RowConfig, num_samples: int, **settings: Any) -> Objec
     """Build the objective that the settings name.
 
     Raises:
-        ValueError: an unknown name, or a setting the objective does not have.
+        ValueError: a setting the objective does not have, or one given twice.
     """
-    if args.objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {args.objective!r}")
     kind = OBJECTIVES[args.objective]
     taken = inspect.signature(kind).parameters
-    further = args.objective_kwargs or {}
-    chosen: dict[str, Any] = dict(json.loads(further) if isinstance(further, str) else further)
+    chosen = json_kwargs(args)
     chosen |= {k: v for k, v in (("gamma", args.gamma), ("tau", args.tau)) if v is not None}
     if args.gamma_decay_epochs:
         floor = chosen.get("gamma", taken["gamma"].default if "gamma" in taken else 1.0)
         chosen["gamma"] = cosine(floor, args.gamma_decay_epochs)
+    clash = sorted(set(settings) & set(json_kwargs(args)))
+    if clash:
+        raise ValueError(
+            f"got objective_kwargs with {clash}, which other settings choose; drop one"
+        )
     unknown = sorted(set(chosen) - set(taken))
     if unknown:
         raise ValueError(
@@ -183,6 +207,19 @@ def named_objective(args: RowConfig, num_samples: int, **settings: Any) -> Objec
         )
     given = {"num_samples": num_samples} | chosen | settings
     return kind(**{name: value for name, value in given.items() if name in taken})
+
+
+def json_kwargs(args: RowConfig) -> dict[str, Any]:
+    """The further settings of the objective.
+
+    Raises:
+        ValueError: what is no JSON object.
+    """
+    given: Any = args.objective_kwargs or {}
+    try:
+        return dict(json.loads(given) if isinstance(given, str) else given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"objective_kwargs must be a JSON object, got {given!r}") from error
 
 
 def require_index_column(rows: Any, objective: str) -> None:

@@ -112,6 +112,60 @@ def test_dropout_is_the_same_in_both_passes(build: Build, model: Any, tmp_path: 
     torch.testing.assert_close(gradient.value, want, rtol=1e-4, atol=1e-7)
 
 
+def test_what_the_objective_learns_resumes_bit_equal_and_forgets_old_gradients(
+    tmp_path: Path,
+) -> None:
+    seen: list[Any] = []
+
+    class Old(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(trainer.objective.a.grad)
+
+    changes = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "objective": "AUCMargin"}
+    trainer = rows_of.classification_trainer(tmp_path, **changes)
+    trainer.train()
+    other = rows_of.classification_trainer(tmp_path, **changes)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, value in trainer.objective.state_dict().items():
+        assert torch.equal(other.objective.state_dict()[name], value), name
+    watched = trainer.objective.a.detach().clone()
+    trainer = rows_of.classification_trainer(tmp_path / "new", callbacks=[Old()], **changes)
+    gradients: list[float] = []
+    original = trainer.get_batch_samples
+
+    def spy(*args: Any) -> Any:
+        found = original(*args)
+        gradients.append(0.0 if trainer.objective.a.grad is None else 1.0)
+        return found
+
+    trainer.get_batch_samples = spy
+    trainer.train()
+    assert not any(gradients)  # Trainer zeroes those of the model alone
+    assert torch.equal(trainer.objective.a.detach(), watched)
+
+
+def test_rows_are_scored_in_train_mode_also_after_an_evaluation(tmp_path: Path) -> None:
+    modes: list[bool] = []
+    trainer = rows_of.classification_trainer(
+        tmp_path,
+        model=rows_of.classifier(DROPOUT),
+        eval_dataset=rows_of.sentences(seed=5),
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    original = trainer.row_scores
+
+    def spy(model: Any, batch: Any) -> Any:
+        if "seed" in batch:
+            modes.append(model.training)
+        return original(model, batch)
+
+    trainer.row_scores = spy
+    trainer.train()
+    assert len(modes) == 16
+    assert all(modes)
+
+
 @pytest.mark.parametrize("build", [rows_of.classification_trainer, rows_of.contrastive_trainer])
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_resume_is_bit_equal(build: Build, optim: str, tmp_path: Path) -> None:
@@ -189,7 +243,7 @@ def test_clip_trains_both_modalities_and_its_temperatures(tmp_path: Path) -> Non
             data_collator=default_data_collator,
             objective="GlobalCLIP",
             temperature=temperature,
-            rho=0.1,
+            rho=None if temperature == "constant" else 0.1,
             tau=0.1,
         )
         before = {k: v.clone() for k, v in trainer.objective.state_dict().items()}
@@ -245,6 +299,10 @@ def bare(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
             {"objective_kwargs": {"taus": 1}},
             r"AveragePrecision has no \['taus'\]",
         ),
+        ("classification", {"objective": "KLDRO"}, "must be one of .*'PairwiseAUC'.*got 'KLDRO'"),
+        ("classification", {"objective_kwargs": "[1]"}, r"must be a JSON object, got '\[1\]'"),
+        ("contrastive", {"objective": "OPAUC"}, "must be one of .*'GlobalCLIP'.*got 'OPAUC'"),
+        ("contrastive", {"rho": 0.3}, "got rho=0.3 and a constant temperature"),
         ("contrastive", {"temperature": "warm"}, "constant, global or individual, got 'warm'"),
         ("contrastive", {"temperature": "global"}, "with GlobalContrastive; learned temperatures"),
         ("contrastive", {"rows": bare(rows_of.views(), "index")}, r"with_index\(dataset\)"),
