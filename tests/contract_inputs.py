@@ -78,6 +78,49 @@ class InputContract:
         """Scores with the largest at ``size``."""
         return replace(batch, scores=batch.scores * (size / batch.scores.abs().max()))
 
+    def test_autocast_changes_nothing(self) -> None:
+        batch = self.batches(1)[0]
+        want = evaluate(self.build(), batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = evaluate(self.build(), batch)
+        assert torch.equal(got.loss, want.loss)
+        assert_same(got.gradients, want.gradients)
+
+    @pytest.mark.parametrize("bad", [math.inf, math.nan])
+    def test_one_overflow_does_not_stay_in_the_state(self, bad: float) -> None:
+        first, spoilt, last = self.batches(3)
+        objective = self.build()
+        evaluate(objective, first)
+        scores = spoilt.scores.clone()
+        scores.view(-1)[0] = bad
+        evaluate(objective, replace(spoilt, scores=scores))
+        assert evaluate(objective, last).loss.isfinite()
+        tracked = [v for v in state(objective).values() if v.is_floating_point()]
+        assert all(value.isfinite().all() for value in tracked)
+
+    def test_no_rows_at_all_are_harmless(self) -> None:
+        nothing = self.batches(1)[0].rows(slice(0, 0))
+        result = evaluate(self.build(), nothing)
+        assert result.loss == 0
+        assert all(gradient.numel() == 0 for gradient in result.gradients.values())
+
+    def test_rows_are_numbered_by_integers_of_any_width(self) -> None:
+        batch = self.batches(1)[0]
+        if "index" not in batch.groups:
+            return
+        want = evaluate(self.build(), batch)
+        for kind in (torch.int32, torch.int16, torch.uint8):
+            groups = batch.groups | {"index": batch.groups["index"].to(kind)}
+            got = evaluate(self.build(), replace(batch, groups=groups))
+            assert torch.equal(got.loss, want.loss)
+
+    def test_evaluation_needs_no_ids(self) -> None:
+        objective, batch = self.build().eval(), self.batches(1)[0]
+        if objective.num_samples is None or "index" not in batch.groups:
+            return
+        far = batch.groups | {"index": batch.groups["index"] + 1000}
+        assert evaluate(objective, replace(batch, groups=far)).loss.isfinite()
+
     def test_labels_of_every_convention_are_the_same(self) -> None:
         batch = self.batches(1)[0]
         if not self.objective_class.binary_targets:

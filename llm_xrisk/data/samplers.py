@@ -130,7 +130,8 @@ class TriSampler(PlannedBatchSampler):
     about as many rows as there are.
 
     Args:
-        labels: (N, L) in {0, 1}, {-1, 1} or bool, NaN where a row has no such label, or a data set
+        labels: (N, L) in {0, 1}, {-1, 1} or bool, NaN where a row has no such label (objectives
+            refuse NaN: rows drawn for one label are for one objective each then), or a data set
             that holds them.
         tasks_per_batch: Labels drawn for a batch, at most L.
         num_pos: Positives of each label drawn.

@@ -38,10 +38,17 @@ def join(*tensors: Tensor | None) -> tuple[Any, ...]:
     if world == 1:
         return tensors
     first = next(t for t in tensors if t is not None)
-    rows = torch.tensor([first.shape[0]], device=first.device)
-    sizes = cast(list[int], torch.cat(_gather(rows, world)).tolist())  # pyright: ignore[reportUnknownMemberType]
-    apply = cast(Any, _Join).apply
-    return tuple(None if t is None else apply(t, sizes) for t in tensors)
+    differs = [int(t is not None and t.requires_grad) for t in tensors]
+    about = torch.tensor([first.shape[0], *differs], device=first.device)
+    told = cast(list[list[int]], torch.stack(_gather(about, world)).tolist())  # pyright: ignore[reportUnknownMemberType]
+    sizes = [own[0] for own in told]
+    apply, joined = cast(Any, _Join).apply, list[Any]()
+    for place, tensor in enumerate(tensors, start=1):
+        if tensor is not None and any(own[place] for own in told) and not tensor.requires_grad:
+            # every rank takes part in the backward pass, also one whose rows have no graph
+            tensor = tensor.detach().requires_grad_(torch.is_grad_enabled())
+        joined.append(None if tensor is None else apply(tensor, sizes))
+    return tuple(joined)
 
 
 def leave(patience: float = 0.2) -> None:

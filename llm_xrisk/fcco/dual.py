@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco.groups import distinct, group_mean, slots
+from llm_xrisk.fcco.groups import distinct, finite_rows, group_mean, slots
 from llm_xrisk.fcco.keyed import KeyedState, kept
 
 
@@ -15,7 +15,7 @@ class PerSampleDual(KeyedState):
 
     They are buffers, not optimizer parameters: Adam would move samples that were not visited.
     Duplicated indices count once, with their mean gradient. ``num_samples=1`` is a global dual.
-    Ascent is a negative gradient. One number (4 bytes) per sample, two with momentum.
+    Ascent is a negative gradient. Two numbers (8 bytes) per sample, its value and its momentum.
 
     Args:
         num_samples: Number of samples.
@@ -46,7 +46,7 @@ class PerSampleDual(KeyedState):
         self,
         num_samples: int,
         *,
-        num_labels: int = 1,
+        num_labels: int | None = None,
         lr: float,
         initial: float = 0.0,
         beta: float = 1.0,
@@ -83,6 +83,7 @@ class PerSampleDual(KeyedState):
         old = self.value.index_select(0, index)
         if not self.training:
             return old
+        where = finite_rows(grad, where)
         mean, moved = grad.to(self.value.dtype), where
         if not distinct(index):
             observed = torch.ones_like(index, dtype=torch.bool) if where is None else where

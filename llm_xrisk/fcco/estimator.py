@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llm_xrisk.fcco import rules
-from llm_xrisk.fcco.groups import columns, distinct, group_mean, slots
+from llm_xrisk.fcco.groups import columns, distinct, finite_rows, group_mean, slots
 from llm_xrisk.fcco.keyed import KeyedState, kept
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
 
@@ -64,7 +64,7 @@ class InnerEstimator(KeyedState):
         gamma: float | GammaSchedule = 0.9,
         *,
         shape: tuple[int, ...] = (),
-        num_labels: int = 1,
+        num_labels: int | None = None,
         log: bool = False,
         initial: float | None = None,
         rule: rules.Rule | None = None,
@@ -99,7 +99,8 @@ class InnerEstimator(KeyedState):
         ``where`` change nothing and come back as ``g``.
 
         Args:
-            g: (B, *shape) finite mini-batch inner values (their logarithms if ``log``).
+            g: (B, *shape) mini-batch inner values (their logarithms if ``log``); infinite and NaN
+                ones are no observations.
             index: (B,) sample ids.
             where: (B,) which rows are observations; all by default.
 
@@ -115,6 +116,7 @@ class InnerEstimator(KeyedState):
         return cast(Tensor, _Tracked.apply(g, u, self.log))  # pyright: ignore[reportUnknownMemberType]
 
     def _update(self, g: Tensor, index: Tensor, where: Tensor | None) -> Tensor:
+        where = finite_rows(g, where)
         u, visited = self.u.index_select(0, index), self.visited.index_select(0, index)
         rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
         new = rule(u, g, self.gamma)

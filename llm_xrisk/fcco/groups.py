@@ -79,6 +79,22 @@ def distinct(index: Tensor) -> bool:
     return len(set(listed)) == len(listed)
 
 
+def finite_rows(values: Tensor, where: Tensor | None) -> Tensor | None:
+    """The rows of ``where`` whose ``values`` (B, ...) are numbers; None where that is all of them.
+
+    One overflow must not become part of a state: no later step would take it out.
+
+    Example:
+        >>> finite_rows(torch.tensor([1.0, float("inf")]), None)
+        tensor([ True, False])
+    """
+    finite = torch.isfinite(values)
+    finite = finite if values.dim() == 1 else finite.flatten(1).all(1)
+    if readable(values) and bool(finite.all()):
+        return where
+    return finite if where is None else where & finite
+
+
 def columns(rows: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) so that it broadcasts against ``like`` (B, ...)."""
     return rows if like.dim() == 1 else rows.reshape(-1, *([1] * (like.dim() - 1)))

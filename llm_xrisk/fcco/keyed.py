@@ -39,19 +39,19 @@ class KeyedState(KeepsDtype):
 
     Args:
         num_samples: n, the number of samples.
-        num_labels: L, keys for each sample; label l of sample i has the key i L + l.
+        num_labels: L, keys for each sample, 1 by default; label l of sample i has the key i L + l.
 
     Raises:
         ValueError: num_samples or num_labels < 1.
     """
 
-    def __init__(self, num_samples: int, num_labels: int = 1) -> None:
+    def __init__(self, num_samples: int, num_labels: int | None = None) -> None:
         super().__init__()
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
-        if num_labels < 1:
+        if num_labels is not None and num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {num_labels}: targets' columns")
-        self.num_samples, self.num_labels = num_samples, num_labels
+        self.num_samples, self.num_labels = num_samples, num_labels or 1
 
     @property
     def num_keys(self) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+MAX_LOG_WEIGHT = 60.0  # above any weight that trains and far below the largest float32
 
 
 def moving_average(u: Tensor, g: Tensor, gamma: Tensor) -> Tensor:
@@ -57,10 +58,14 @@ def scent(
     Departure: the book prints alpha = gamma e^-nu for the case in which SCENT equals SOX; the
     right one is alpha = gamma / (1 - gamma) e^-nu.
 
+    No weight e^(log g - log u) exceeds e^60: where log u is far below log g, its gamma is 0 in
+    any floating-point type, and the quotient would be infinite.
+
     Example:
         >>> zero = torch.tensor(0.0)
         >>> scent(zero, torch.tensor(2.0).log(), zero, log_alpha=0.0).exp()
         tensor(1.5000)
     """
     logit = log_alpha + multiplier * log_u
-    return torch.logaddexp(log_u - F.softplus(logit), log_g - F.softplus(-logit))
+    new = torch.logaddexp(log_u - F.softplus(logit), log_g - F.softplus(-logit))
+    return torch.maximum(new, log_g - MAX_LOG_WEIGHT)

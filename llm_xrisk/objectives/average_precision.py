@@ -1,14 +1,16 @@
 """Average precision (section 6.4.2)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput, observed_mean, widened
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.pairs import Pairs
+from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
@@ -47,7 +49,8 @@ class AveragePrecision(Objective):
     weighs more than in the data (4 of 40: F off by 4 %).
 
     Raises:
-        ValueError: gamma outside (0, 1], prior outside (0, 1), or a missing index.
+        ValueError: gamma outside (0, 1], prior outside (0, 1), a surrogate that is not positive
+            at 0, or a missing index.
 
     Example:
         >>> objective = AveragePrecision(num_samples=4)
@@ -69,16 +72,24 @@ class AveragePrecision(Objective):
         gamma: float | GammaSchedule = 0.1,
         *,
         surrogate: Surrogate = SQUARED_HINGE,
-        prior: float | Sequence[float] | None = None,
+        prior: float | Sequence[float] | Tensor | None = None,
         num_labels: int | None = None,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        given = [prior] if isinstance(prior, float | int) else list(prior or [])
-        if not all(0 < p < 1 for p in given) or len(given) not in (0, 1, num_labels):
+        if float(surrogate(torch.zeros(()))) <= 0:  # else u_2 of the first positive may be 0
             raise ValueError(
-                f"prior must be in (0, 1), got {prior}; pass (targets == 1).mean(), or one for "
-                f"each of num_labels={num_labels}"
+                f"the surrogate must be positive at 0, got {surrogate}; SquaredHinge(1.0) is"
+            )
+        given = numbers(prior)
+        if not all(0 < p < 1 for p in given):
+            raise ValueError(
+                f"prior must be in (0, 1), got {prior}; pass (targets == 1).float().mean()"
+            )
+        if len(given) not in (0, 1, num_labels):
+            raise ValueError(
+                f"got {len(given)} priors for num_labels={num_labels}; pass one, or one for each "
+                "label: (targets == 1).float().mean(0)"
             )
         self.surrogate = surrogate
         self.num_samples, self.num_labels = num_samples, num_labels
@@ -86,7 +97,11 @@ class AveragePrecision(Objective):
             "prior", torch.tensor(given, dtype=state_dtype) if given else None, persistent=False
         )
         self.inner = InnerEstimator(
-            num_samples, gamma, shape=(2,), num_labels=num_labels or 1, state_dtype=state_dtype
+            num_samples,
+            gamma,
+            shape=(2,),
+            num_labels=num_labels,
+            state_dtype=state_dtype,
         )
 
     def forward(
@@ -118,7 +133,10 @@ class AveragePrecision(Objective):
 
     def _inner_values(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """g_1 and g_2 of each anchor, (A, 2), and slope and columns of their gradient."""
-        first, weight = pairs.positives, torch.full_like(pairs.positives, 1 / len(pairs.scores))
+        first, weight = (
+            pairs.positives,
+            torch.full_like(pairs.positives, 1 / max(len(pairs.scores), 1)),
+        )
         if self.prior is not None:
             prior = self.prior.to(first.dtype)
             if pairs.label is not None:
@@ -129,3 +147,16 @@ class AveragePrecision(Objective):
         pairwise, slope = self.surrogate.with_slope(pairs.gap)
         columns = torch.stack([weight * first, weight])
         return pairs.sums(pairwise, columns), slope, columns
+
+
+def numbers(given: float | Sequence[float] | Tensor | None) -> list[float]:
+    """A number, several, or none, as a list.
+
+    Example:
+        >>> numbers(0.25), numbers(torch.tensor([0.5, 0.25])), numbers(None)
+        ([0.25], [0.5, 0.25], [])
+    """
+    if given is None:
+        return []
+    flat = torch.as_tensor(given, dtype=torch.float64).flatten()
+    return cast(list[float], flat.tolist())  # pyright: ignore[reportUnknownMemberType]

@@ -1,4 +1,4 @@
-"""What every objective shares: its face, its output and masked reductions."""
+"""What every objective shares: its face, its output, its checks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from llm_xrisk.fcco import InnerEstimator, join
+from llm_xrisk.fcco import InnerEstimator, PerSampleDual, join
 from llm_xrisk.fcco.groups import readable
 from llm_xrisk.fcco.keyed import KeepsDtype, check_index
+from llm_xrisk.objectives.precision import unified, without_autocast
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Objective(KeepsDtype):
     binary_targets: ClassVar[bool] = True
     num_samples: int | None = None
     num_labels: int | None = None
+    _wide: torch.dtype | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep autocast out of ``forward`` and ``exact``: pairs of scores need their precision."""
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "exact"):
+            if name in vars(cls):
+                setattr(cls, name, without_autocast(vars(cls)[name]))
 
     def set_epoch(self, epoch: float) -> None:
         """Let every estimator's gamma follow its schedule."""
@@ -78,8 +87,19 @@ class Objective(KeepsDtype):
         if targets is not None and self.binary_targets and readable(targets):
             self.check_labels(targets)
         if self.num_samples is not None:
-            index = require_index(self, index)
-        return join(*map(_widened, (scores, targets, index, *rows.values())))
+            index = require_index(self, index) if self.training or index is not None else None
+            if index is None:  # nothing is read or written for a sample in eval()
+                index = torch.arange(len(scores), device=scores.device) % self.num_samples
+        wide = self._widest()
+        given = (scores, targets, index, *rows.values())
+        return join(*(t if t is None else unified(t, wide) for t in given))
+
+    def _widest(self) -> torch.dtype:
+        """float32, or float64 where the state has it: rows are computed with in that at least."""
+        if self._wide is None:
+            kinds = [b.dtype for b in self.buffers() if b.is_floating_point()]
+            self._wide = torch.float64 if torch.float64 in kinds else torch.float32
+        return self._wide
 
     def check_shapes(self, **rows: Tensor | None) -> None:
         """Refuse rows that do not belong together: their shapes are known without waiting.
@@ -88,6 +108,11 @@ class Objective(KeepsDtype):
             ValueError: with the shapes that came and those that are needed.
         """
         given = {name: t for name, t in rows.items() if t is not None}
+        if given["scores"].dim() == 0:
+            raise ValueError(
+                f"{type(self).__name__} got scores () and needs (rows,); pass one number for each "
+                'row, for example F.cross_entropy(logits, labels, reduction="none")'
+            )
         one = given["scores"].shape[:1]
         each = one if self.num_labels is None else (*one, self.num_labels)
         need = {name: each if name in ("scores", "targets") else one for name in given}
@@ -121,11 +146,13 @@ class Objective(KeepsDtype):
 
         Returns:
             For each estimator the share of its samples visited so far and, over these, the mean
-            of the tracked values (logarithms where it keeps them).
+            of the tracked values (logarithms where it keeps them); for duals the mean of all.
         """
         found: dict[str, float] = {}
         named = cast(Iterable[tuple[str, nn.Module]], self.named_modules())  # pyright: ignore[reportUnknownMemberType]
         for name, module in named:
+            if isinstance(module, PerSampleDual):
+                found[f"{name}/mean"] = float(module.value.float().mean())
             if isinstance(module, InnerEstimator):
                 visited = module.visited
                 found[f"{name}/visited"] = float(visited.float().mean())
@@ -149,65 +176,6 @@ class Objective(KeepsDtype):
             check_index(require_index(self, index).cpu(), self.num_samples)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of ``values`` where ``mask``, and 0 (with gradient 0) where the mask is empty.
-
-    Args:
-        values: (R,); what stands outside the mask may be infinite or NaN.
-        mask: (R,) of booleans; None for all rows.
-
-    Example:
-        >>> masked_mean(torch.tensor([1.0, 3.0, float("inf")]), torch.tensor([1, 1, 0]).bool())
-        tensor(2.)
-    """
-    if mask is None:
-        return values.mean() if values.numel() else values.sum()
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def observed_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of ``values`` where ``mask``, NaN where the mask is empty: for metrics.
-
-    Example:
-        >>> observed_mean(torch.tensor([1.0, 3.0]), torch.tensor([False, False]))
-        tensor(nan)
-    """
-    if mask is None:
-        return values.mean()
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum()
-
-
-def observed_max(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Largest of ``values`` where ``mask``, NaN where the mask is empty: for metrics.
-
-    Example:
-        >>> observed_max(torch.tensor([-3.0, 5.0]), torch.tensor([True, False]))
-        tensor(-3.)
-    """
-    if mask is None:
-        return values.amax() if values.numel() else values.mean()
-    lowest = values.new_full((1,), float("-inf"))
-    largest = torch.cat([torch.where(mask, values, lowest), lowest]).amax()
-    return torch.where(mask.any(), largest, float("nan"))
-
-
-def widened(rows: Tensor) -> Tensor:
-    """``rows`` in float32 or wider: sums over pairs of bfloat16 scores lose what they compare.
-
-    Example:
-        >>> widened(torch.tensor([1.0], dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _widened(rows: Tensor | None) -> Tensor | None:
-    """``rows`` as they are where there is nothing to widen."""
-    if rows is None or not rows.is_floating_point() or rows.dtype.itemsize >= 4:
-        return rows
-    return widened(rows)
-
-
 def require_index(objective: Objective, index: Tensor | None) -> Tensor:
     """Return ``index``, its range checked on a CPU, or raise the error that shows how to get one.
 
@@ -220,9 +188,10 @@ def require_index(objective: Objective, index: Tensor | None) -> Tensor:
         )
     if index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"index must be integers, sample ids from 0 up; got {index.dtype}")
-    if objective.num_samples is not None and readable(index):
+    # in eval() rows are those of another data set, and nothing is read or written for them
+    if objective.num_samples is not None and objective.training and readable(index):
         check_index(index, objective.num_samples)
-    return index
+    return index.long()
 
 
 def wrong_shapes(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, widened
+from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.reductions import masked_mean, widened
 from llm_xrisk.objectives.similarities import (
     Contrast,
     ContrastiveObjective,
@@ -121,8 +122,9 @@ class GlobalCLIP(ContrastiveObjective):
         return tau, pairs.relative(tau)
 
     def _loss(self, log_u: Tensor, tau: Tensor, anchors: Tensor) -> Tensor:
-        rho = log_u.new_tensor([self.image_tau.rho, self.text_tau.rho])
-        return masked_mean((tau * (self.plus_eps(log_u) + rho)).sum(-1), anchors)
+        image, text = (tau * self.plus_eps(log_u)).unbind(-1)
+        image = image + tau[:, 0] * self.image_tau.rho
+        return masked_mean(image + text + tau[:, 1] * self.text_tau.rho, anchors)
 
     def _step(self, pairs: Contrast, log_u: Tensor, ids: Tensor) -> None:
         """Move the temperatures that the objective steps itself."""

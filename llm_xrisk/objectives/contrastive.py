@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, widened
+from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.reductions import masked_mean, widened
 from llm_xrisk.objectives.similarities import (
     Contrast,
     ContrastiveObjective,

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_xrisk.objectives.base import ObjectiveOutput, masked_mean, require_index, widened
+from llm_xrisk.objectives.base import ObjectiveOutput, require_index
+from llm_xrisk.objectives.reductions import masked_mean, widened
 from llm_xrisk.objectives.similarities import (
     Contrast,
     ContrastiveObjective,

@@ -6,14 +6,9 @@ from torch import Tensor
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.groups import group_mean, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import (
-    ObjectiveOutput,
-    masked_mean,
-    observed_max,
-    observed_mean,
-    widened,
-)
+from llm_xrisk.objectives.base import ObjectiveOutput
 from llm_xrisk.objectives.pairs import rows_of
+from llm_xrisk.objectives.reductions import masked_mean, observed_max, observed_mean, widened
 from llm_xrisk.objectives.scores import SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective, effective_in_group
 

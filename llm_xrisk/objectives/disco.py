@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco.groups import group_mean, group_sum, slots
-from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean
+from llm_xrisk.objectives.base import ObjectiveOutput
 from llm_xrisk.objectives.pairs import (
     differences,
     effective_fraction,
@@ -13,6 +13,7 @@ from llm_xrisk.objectives.pairs import (
     same_group,
     with_pair_gradient,
 )
+from llm_xrisk.objectives.reductions import observed_mean
 from llm_xrisk.objectives.scores import KL_TERMS, SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective, effective_in_group, kl_statistics
 from llm_xrisk.objectives.surrogates import IDENTITY, Identity, Surrogate

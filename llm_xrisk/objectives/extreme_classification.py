@@ -9,15 +9,8 @@ from torch import Tensor
 from llm_xrisk.fcco import InnerEstimator, join, scent
 from llm_xrisk.fcco.groups import distinct, group_mean, readable, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import (
-    Objective,
-    ObjectiveOutput,
-    masked_mean,
-    observed_max,
-    observed_mean,
-    require_index,
-    widened,
-)
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, require_index
+from llm_xrisk.objectives.reductions import masked_mean, observed_max, observed_mean, widened
 
 METHODS = ("scent", "sox", "bsgd", "asgd", "umax")
 MAX_EXPONENT = 10.0  # of a weight taken at the old nu: finite in float16 too

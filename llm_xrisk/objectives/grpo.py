@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco.groups import group_sum, slots
-from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean, widened
+from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.scores import clipped_ratio, k3
 from llm_xrisk.objectives.sequence import SequenceObjective, kl_statistics
 

@@ -41,7 +41,7 @@ class KLConstrainedDRO(RobustObjective):
         scores (B,) the losses l_i of the rows; targets (B,) losses of a reference model, which
         are subtracted and carry no gradient, or None.
 
-    State: log u, whether there is one, tau and its momentum: 13 bytes.
+    State: log u, whether there is one, tau and its momentum: 14 bytes.
 
     Departures: the book's z_tau, log u + rho - mean p_i l_i / tau, is ours plus (1 - mean p_i)
     log u. That term is 0 on average and at gamma=1; else it grows with the mean of the losses
@@ -102,7 +102,8 @@ class KLConstrainedDRO(RobustObjective):
         weights = log_weights.exp()
         z = self.rho - (weights * log_weights).mean()
         self.tau.descend(z.clamp(-self.tau_clip, self.tau_clip))
-        self.inner.u.mul_(tau / self.tau.current())  # tau log u is what stays
+        if self.training:
+            self.inner.u.mul_(tau / self.tau.current())  # tau log u is what stays
         return tau * (log_u + self.rho), weights
 
     def worst_case(self, losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,6 @@ from llm_xrisk.fcco.rules import Rule
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.robust import RobustObjective, only_key
 
-# e^60, above any weight that trains and far below the largest float32
-MAX_LOG_WEIGHT = 60.0
-
 
 class KLDRO(RobustObjective):
     r"""KL-regularised robust loss, ABSGD (AB-Momentum, AB-AdamW): weighs rows of high loss up.
@@ -126,12 +123,4 @@ def rule_of(log_alpha: float | None, multiplier: float) -> Rule | None:
     """SCENT where it has a step size, else None for the moving average."""
     if log_alpha is None:
         return None
-    return partial(_bounded_scent, log_alpha=log_alpha, multiplier=multiplier)
-
-
-def _bounded_scent(
-    log_u: Tensor, log_g: Tensor, gamma: Tensor, *, log_alpha: float, multiplier: float
-) -> Tensor:
-    # where log u is far below log g its gamma is 0 in any floating-point type, and g / u infinite
-    new = scent(log_u, log_g, gamma, log_alpha=log_alpha, multiplier=multiplier)
-    return torch.maximum(new, log_g - MAX_LOG_WEIGHT)
+    return partial(scent, log_alpha=log_alpha, multiplier=multiplier)

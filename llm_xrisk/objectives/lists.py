@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco.groups import distinct, group_sum, readable, slots
-from llm_xrisk.objectives.base import Objective, masked_mean, widened
+from llm_xrisk.objectives.base import Objective
 from llm_xrisk.objectives.pairs import rows_of
+from llm_xrisk.objectives.reductions import masked_mean, widened
 
 Average = Literal["queries", "pairs"]
 
@@ -128,6 +129,7 @@ class ListObjective(Objective):
                 f"{type(self).__name__} ranks the items of each query and got no query; pass "
                 "query=batch['query'], the ids that ranking_statistics got"
             )
+        query = query.long()
         count, read = len(self.num_items), readable(query) and query.numel() > 0
         low, high = (int(query.min()), int(query.max())) if read else (0, 0)
         if low < 0 or high >= count:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean
+from llm_xrisk.objectives.base import ObjectiveOutput
 from llm_xrisk.objectives.lists import Average, ListObjective, ListRows
 from llm_xrisk.objectives.pairs import differences, with_pair_gradient
+from llm_xrisk.objectives.reductions import observed_mean
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.groups import readable
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput, observed_mean
+from llm_xrisk.objectives.base import ObjectiveOutput
 from llm_xrisk.objectives.lists import Average, ListRows
 from llm_xrisk.objectives.ndcg import NDCG
+from llm_xrisk.objectives.reductions import observed_mean
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 from llm_xrisk.objectives.thresholds import Thresholds, upper_quantile
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import PerSampleDual
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput, observed_mean, widened
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.pairs import Pairs
+from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 from llm_xrisk.objectives.tails import check_share, mean_above, tail_mean
 
@@ -77,7 +78,10 @@ class OPAUC(Objective):
         self.max_fpr, self.surrogate = max_fpr, surrogate
         self.num_samples, self.num_labels = num_samples, num_labels
         self.nu = PerSampleDual(
-            num_samples, num_labels=num_labels or 1, lr=nu_lr, state_dtype=state_dtype
+            num_samples,
+            num_labels=num_labels,
+            lr=nu_lr,
+            state_dtype=state_dtype,
         )
 
     def forward(
@@ -87,6 +91,8 @@ class OPAUC(Objective):
         scores, targets, ids = self.joined(scores, targets, index)
         pairs = Pairs(scores, targets > 0.5)
         keys, anchors = pairs.keys(ids), pairs.contrasted
+        if not self.training:  # ids of another data set; only metrics read the duals then
+            keys = torch.zeros_like(keys)
         nu = self.nu(keys)
         excess, share = mean_above(pairs, self.surrogate, nu)
         if self.training:

@@ -5,14 +5,9 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import (
-    Objective,
-    ObjectiveOutput,
-    observed_max,
-    observed_mean,
-    widened,
-)
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
+from llm_xrisk.objectives.reductions import observed_max, observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
@@ -73,7 +68,11 @@ class OPAUCSoft(Objective):
         self.tau, self.surrogate = tau, surrogate
         self.num_samples, self.num_labels = num_samples, num_labels
         self.inner = InnerEstimator(
-            num_samples, gamma, log=True, num_labels=num_labels or 1, state_dtype=state_dtype
+            num_samples,
+            gamma,
+            log=True,
+            num_labels=num_labels,
+            state_dtype=state_dtype,
         )
 
     def forward(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco.groups import readable
-from llm_xrisk.objectives.base import masked_mean
 from llm_xrisk.objectives.pair_gradients import with_pair_gradient
+from llm_xrisk.objectives.reductions import masked_mean
 
 
 def rows_of(anchors: Tensor) -> Tensor:
@@ -226,6 +226,8 @@ def logsumexp(exponent: Tensor) -> tuple[Tensor, Tensor]:
         >>> logsumexp(torch.zeros(1, 2))
         (tensor([0.6931]), tensor([[0.5000, 0.5000]]))
     """
+    if exponent.shape[-1] == 0:  # no rank has a row
+        return exponent.new_zeros(exponent.shape[:-1]), exponent
     share = torch.softmax(exponent, -1)
     # the share of the largest entry is 1 / sum exp(v - max), never less than 1 / m
     return exponent.amax(-1) - share.amax(-1).log(), share

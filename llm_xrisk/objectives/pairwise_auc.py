@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput, widened
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.pairs import Pairs
+from llm_xrisk.objectives.reductions import widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 from llm_xrisk.objectives.tails import tail_mean
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llm_xrisk.fcco import PerSampleDual
 from llm_xrisk.fcco.groups import readable
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput, widened
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.objectives.reductions import widened
 
 
 class RobustObjective(Objective):
@@ -23,8 +24,15 @@ class RobustObjective(Objective):
 
     binary_targets = False
 
-    def forward(self, scores: Tensor, targets: Tensor | None = None) -> ObjectiveOutput:
-        """Return the objective of the joined rows; see the class."""
+    def forward(
+        self, scores: Tensor, targets: Tensor | None = None, *, index: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """Return the objective of the joined rows; see the class. ``index`` is not used."""
+        if targets is not None and not targets.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} got targets of {targets.dtype}, which look like labels; "
+                "targets are the losses of a reference model: put labels into the losses"
+            )
         rows, reference, _ = self.joined(scores, targets)
         losses = rho_losses(rows, reference)
         if losses.shape[0] == 0:  # a shape: known without waiting, and equal on all ranks
@@ -118,9 +126,11 @@ class GlobalDual(PerSampleDual):
     def descend(self, grad: Tensor) -> None:
         """Take one projected step against ``grad`` (), which :meth:`step` does for many keys."""
         if self.training:
-            self.direction.lerp_(grad.to(self.direction.dtype), self.beta)
-            moved = self.value - self.lr * self.direction
-            self.value.copy_(moved.clamp(self.lower, self.upper))
+            known = torch.isfinite(grad)
+            direction = torch.lerp(self.direction, grad.to(self.direction.dtype), self.beta)
+            moved = (self.value - self.lr * direction).clamp(self.lower, self.upper)
+            self.direction.copy_(torch.where(known, direction, self.direction))
+            self.value.copy_(torch.where(known, moved, self.value))
 
 
 def only_key(like: Tensor) -> Tensor:

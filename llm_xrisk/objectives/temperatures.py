@@ -179,17 +179,24 @@ class IndividualTemperature(Temperature):
 
     def step(self, z: Tensor, index: Tensor, where: Tensor) -> None:
         """Take one projected step with momentum."""
+        if not self.training:  # ids of another data set
+            return
         self.dual.step(z if self.clip is None else z.clamp(-self.clip, self.clip), index, where)
 
 
 def as_temperature(tau: float | Temperature) -> Temperature:
     """A number as the constant temperature it is.
 
+    Raises:
+        ValueError: a parameter, which would not be learned.
+
     Example:
         >>> as_temperature(0.1).learned
         False
     """
-    return tau if isinstance(tau, Temperature) else ConstantTemperature(tau)
+    if isinstance(tau, Tensor) and tau.requires_grad:
+        raise ValueError("got tau as a tensor that learns; pass GlobalTemperature(tau)")
+    return tau if isinstance(tau, Temperature) else ConstantTemperature(float(tau))
 
 
 def check_bounds(tau: float, lower: float, upper: float) -> None:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import PerSampleDual
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput, observed_mean, widened
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.pairs import Pairs
+from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 from llm_xrisk.objectives.tails import check_share, mean_above, tail_mean, top_share
 
@@ -88,18 +89,19 @@ class TPAUC(Objective):
         check_share("max_fpr", max_fpr, "negatives")
         self.max_fnr, self.max_fpr, self.surrogate = 1 - min_tpr, max_fpr, surrogate
         self.num_samples, self.num_labels = num_samples, num_labels
-        labels = num_labels or 1
         self.y = PerSampleDual(
             num_samples,
-            num_labels=labels,
+            num_labels=num_labels,
             lr=y_lr,
             initial=1.0,
             lower=0.0,
             upper=1.0,
             state_dtype=state_dtype,
         )
-        self.nu = PerSampleDual(num_samples, num_labels=labels, lr=nu_lr, state_dtype=state_dtype)
-        self.nu_prime = PerSampleDual(1, num_labels=labels, lr=nu_lr, state_dtype=state_dtype)
+        self.nu = PerSampleDual(
+            num_samples, num_labels=num_labels, lr=nu_lr, state_dtype=state_dtype
+        )
+        self.nu_prime = PerSampleDual(1, num_labels=num_labels, lr=nu_lr, state_dtype=state_dtype)
 
     def forward(
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None
@@ -108,6 +110,8 @@ class TPAUC(Objective):
         scores, targets, ids = self.joined(scores, targets, index)
         pairs = Pairs(scores, targets > 0.5)
         keys, anchors = pairs.keys(ids), pairs.contrasted
+        if not self.training:  # ids of another data set; only metrics read the duals then
+            keys = torch.zeros_like(keys)
         nu, nu_prime = self.nu(keys), pairs.for_anchors(self.nu_prime(pairs.labels()))
         excess, share = mean_above(pairs, self.surrogate, nu)  # line 4
         g = excess + self.max_fpr * (nu - nu_prime)

@@ -5,16 +5,10 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import (
-    Objective,
-    ObjectiveOutput,
-    masked_mean,
-    observed_max,
-    observed_mean,
-    widened,
-)
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput
 from llm_xrisk.objectives.opauc_soft import SoftMean
 from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
+from llm_xrisk.objectives.reductions import masked_mean, observed_max, observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 
 
@@ -87,12 +81,13 @@ class TPAUCSoft(Objective):
             raise ValueError(f"tau1 and tau2 must be positive, got {tau1} and {tau2}")
         self.tau1, self.tau2, self.surrogate = tau1, tau2, surrogate
         self.num_samples, self.num_labels = num_samples, num_labels
-        labels = num_labels or 1
         self.inner = InnerEstimator(
-            num_samples, gamma, log=True, num_labels=labels, state_dtype=state_dtype
+            num_samples, gamma, log=True, num_labels=num_labels, state_dtype=state_dtype
         )
         over = gamma if outer_gamma is None else outer_gamma
-        self.outer = InnerEstimator(1, over, log=True, num_labels=labels, state_dtype=state_dtype)
+        self.outer = InnerEstimator(
+            1, over, log=True, num_labels=num_labels, state_dtype=state_dtype
+        )
 
     def forward(
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None

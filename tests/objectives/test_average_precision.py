@@ -166,7 +166,7 @@ def test_one_prior_serves_all_labels_and_two_do_not_serve_three() -> None:
     shared = evaluate(AveragePrecision(prior=0.2, **options), batch)
     repeated = evaluate(AveragePrecision(prior=[0.2] * 3, **options), batch)
     assert torch.equal(shared.loss, repeated.loss)
-    with pytest.raises(ValueError, match=r"got \[0.1, 0.2\].*num_labels=3"):
+    with pytest.raises(ValueError, match=r"got 2 priors for num_labels=3.*one for each"):
         AveragePrecision(prior=[0.1, 0.2], **options)
 
 
