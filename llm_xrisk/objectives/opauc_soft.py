@@ -130,3 +130,14 @@ class SoftMean:
         """
         rate = torch.exp(self.log_g - log_u).div_(self._tau)  # of log u in log g
         return self._pairs.attach(log_u, self._slope.mul_(rate[:, None]))
+
+    def weighted(self, value: Tensor, log_u: Tensor, weight: Tensor) -> Tensor:
+        """Give ``value`` () the gradient of the sum of ``weight`` (A,) times ``log_u`` (A,).
+
+        As :meth:`tracked`, to be called once.
+        """
+        rows = max(len(log_u), 1)
+        rate = torch.exp(self.log_g - log_u).mul_(weight).div_(self._tau)
+        own = (value / rows).expand(len(log_u))
+        found = self._pairs.attach(own, self._slope.mul_(rate[:, None])).sum()
+        return found if len(log_u) else found + value

@@ -1,5 +1,7 @@
 """Two-way partial AUC with soft weights (section 6.4.3)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -97,18 +99,18 @@ class TPAUCSoft(Objective):
         pairs = Pairs(scores, targets > 0.5)
         anchors = pairs.contrasted
         inner = SoftMean(pairs, self.surrogate, self.tau2)
-        log_u = inner.tracked(self.inner(inner.log_g, pairs.keys(ids), where=anchors))  # line 5
-        mean, observed, effective = self._over_positives(pairs, log_u)
-        log_v = self.outer(mean, pairs.labels(), observed)  # line 8
-        loss = self.tau1 * masked_mean(log_v, observed)
+        log_u = self.inner(inner.log_g, pairs.keys(ids), where=anchors)  # line 5
+        over = self._over_positives(pairs, log_u)
+        log_v = self.outer(over.log_mean, pairs.labels(), over.observed)  # line 8
+        loss = self._loss(inner, log_u, log_v, over)
         with torch.no_grad():
             metrics = {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
-                "log_v/mean": observed_mean(log_v, observed),
+                "log_v/mean": observed_mean(log_v, over.observed),
                 "negatives/effective_fraction": observed_mean(inner.fraction, anchors),
-                "positives/effective_fraction": observed_mean(effective, observed),
+                "positives/effective_fraction": observed_mean(over.effective, over.observed),
                 "skipped": pairs.skipped(anchors),
             }
         return ObjectiveOutput(loss, metrics)
@@ -118,20 +120,41 @@ class TPAUCSoft(Objective):
         self.check_shapes(scores=scores, targets=targets)
         pairs = Pairs(widened(scores), targets > 0.5)
         inner = SoftMean(pairs, self.surrogate, self.tau2)
-        mean, observed, _ = self._over_positives(pairs, inner.tracked(inner.log_g))
-        return self.tau1 * masked_mean(mean, observed)
+        over = self._over_positives(pairs, inner.log_g)
+        return self._loss(inner, inner.log_g, over.log_mean, over)
 
-    def _over_positives(self, pairs: Pairs, log_u: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log of the mean of u^(tau2 / tau1) of each label (L,), which have one, how many count."""
-        own, fixed, ratio = pairs.by_label(pairs.contrasted), log_u.detach(), self.tau2 / self.tau1
+    def _loss(self, inner: SoftMean, log_u: Tensor, log_v: Tensor, over: "_Positives") -> Tensor:
+        """(6.33) at log v, with the gradient of line 10 in one step from the pairs."""
+        lag = torch.exp(over.log_mean - log_v)  # of v in its mini-batch value
+        if over.observed is None:
+            pull, count = lag, lag.numel()
+        else:
+            known = over.observed.to(lag.dtype)
+            pull, count = lag * known, known.sum().clamp(min=1)
+        weight = (pull[:, None] * over.share).sum(0).mul_(self.tau2 / count)
+        return inner.weighted(self.tau1 * masked_mean(log_v, over.observed), log_u, weight)
+
+    def _over_positives(self, pairs: Pairs, log_u: Tensor) -> "_Positives":
+        own, ratio = pairs.by_label(pairs.contrasted), self.tau2 / self.tau1
         if len(log_u) == 0:  # no positive at all, which only a CPU knows
             nothing = log_u.new_zeros(pairs.num_labels)
-            return nothing + log_u.sum(), nothing > 0, nothing
+            return _Positives(nothing, log_u.new_zeros(len(nothing), 0), nothing > 0, nothing)
         if own is None:
-            count, observed, rows = len(log_u), None, fixed[None]
+            count, observed, rows = len(log_u), None, log_u[None]
         else:
-            count, rows = own.sum(-1), own * fixed
+            count, rows = own.sum(-1), own * log_u
             observed = count > 0
         value, share = logmeanexp(rows, own, 1 / ratio)
-        change = ratio * (log_u - fixed)  # 0, with the gradient of log u
-        return value + share @ change, observed, effective_fraction(share, count)
+        return _Positives(value, share, observed, effective_fraction(share, count))
+
+
+class _Positives(NamedTuple):
+    """Of each label: log of the mean of u^(tau2 / tau1), shares (L, A) in it, whether there is one.
+
+    ``observed`` is None where every label has one; ``effective`` is the fraction that counts.
+    """
+
+    log_mean: Tensor
+    share: Tensor
+    observed: Tensor | None
+    effective: Tensor
