@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from llm_xrisk.objectives import Objective
-from tests.batches import Batch, assert_same, evaluate, state
+from llm_xrisk.objectives import Objective, SequenceObjective
+from tests.batches import Batch, assert_same, evaluate, exact_loss, state
 
 
 class InputContract:
@@ -140,8 +140,12 @@ class InputContract:
         mixed = ones.clone()
         mixed.view(-1)[:2] = torch.tensor([-1, 0])
         for targets in (ones + 1, ones * 0.4, mixed, torch.where(ones == 1, math.nan, 0.0)):
-            with pytest.raises(ValueError, match=rf"{type(self.build()).__name__} needs targets 0"):
+            message = rf"{type(self.build()).__name__} needs targets 0"
+            with pytest.raises(ValueError, match=message):
                 evaluate(self.build(), replace(batch, targets=targets))
+            if not isinstance(self.build(), SequenceObjective):
+                with pytest.raises(ValueError, match=message):
+                    exact_loss(self.build(), replace(batch, targets=targets))
 
     def test_rows_that_do_not_belong_together_are_refused_by_name(self) -> None:
         batch = self.batches(1)[0]

@@ -84,8 +84,6 @@ class Objective(KeepsDtype):
             IndexError: on a CPU, an index outside [0, num_samples).
         """
         self.check_shapes(scores=scores, targets=targets, index=index, **rows)
-        if targets is not None and self.binary_targets and readable(targets):
-            self.check_labels(targets)
         if self.num_samples is not None:
             index = require_index(self, index) if self.training or index is not None else None
             if index is None:  # nothing is read or written for a sample in eval()
@@ -102,10 +100,10 @@ class Objective(KeepsDtype):
         return self._wide
 
     def check_shapes(self, **rows: Tensor | None) -> None:
-        """Refuse rows that do not belong together: their shapes are known without waiting.
+        """Refuse rows that do not belong together, and on a CPU labels that are none.
 
         Raises:
-            ValueError: with the shapes that came and those that are needed.
+            ValueError: with what came and what is needed.
         """
         given = {name: t for name, t in rows.items() if t is not None}
         if given["scores"].dim() == 0:
@@ -118,6 +116,8 @@ class Objective(KeepsDtype):
         need = {name: each if name in ("scores", "targets") else one for name in given}
         if any(t.shape != need[name] for name, t in given.items()):
             raise wrong_shapes(self, given, {n: ("rows", *s[1:]) for n, s in need.items()})
+        if self.binary_targets and "targets" in given and readable(given["targets"]):
+            self.check_labels(given["targets"])
 
     def check_labels(self, targets: Tensor) -> None:
         """Refuse targets other than 0 and 1, -1 and 1, or booleans; reads them on the host.

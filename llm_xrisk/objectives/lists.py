@@ -137,6 +137,7 @@ class ListObjective(Objective):
                 f"query ids {low} to {high} are out of range for {count} queries; number them "
                 "0..Q-1 and pass all to ranking_statistics"
             )
+        check_grades(self, targets)
         scores, targets, ids, own = self.joined(scores, targets, index, query=query)
         return scores, targets, ids, own, self.list_rows(scores, targets, ids, own)
 
@@ -145,6 +146,7 @@ class ListObjective(Objective):
     ) -> tuple[Tensor, ListRows]:
         """Check rows that nothing is to be joined to; without an index they are distinct items."""
         self.check_shapes(scores=scores, targets=targets, query=query, index=index)
+        check_grades(self, targets)
         ids = torch.arange(len(query), device=query.device) if index is None else index
         scores = widened(scores)
         return scores, self.list_rows(scores, targets, ids, query)
@@ -183,3 +185,16 @@ class ListObjective(Objective):
             "relevant/usable": lists.usable.sum() / relevant.sum(),
             "skipped": (~lists.usable.any()).to(loss.dtype),
         }
+
+
+def check_grades(objective: Objective, targets: Tensor) -> None:
+    """Refuse grades of relevance that are none; on a CPU, where reading them costs no wait.
+
+    Raises:
+        ValueError: a grade below 0 or NaN.
+    """
+    if readable(targets) and targets.numel() and not bool((targets >= 0).all()):
+        raise ValueError(
+            f"{type(objective).__name__} needs grades of relevance >= 0 as targets, got one below "
+            "0 or NaN; 0 is irrelevant"
+        )

@@ -303,3 +303,14 @@ def test_training_raises_the_ndcg_of_a_toy() -> None:
         optimizer.step()
     assert before < 0.65
     assert ndcg() > before + 0.15
+
+
+@pytest.mark.parametrize("grade", [-1.0, float("nan")])
+def test_grades_that_are_none_are_refused(grade: float) -> None:
+    targets, query = torch.tensor([2.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.long)
+    objective = NDCG(3, *ranking_statistics(targets, query))
+    targets[1] = grade
+    rows = {"index": torch.arange(3), "query": query}
+    for call in (objective, objective.exact):
+        with pytest.raises(ValueError, match="NDCG needs grades of relevance >= 0"):
+            call(torch.zeros(3), targets, **rows)

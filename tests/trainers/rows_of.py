@@ -107,6 +107,7 @@ def classification_trainer(
     batch_sampler: Any = None,
     callbacks: Any = None,
     compute_metrics: Any = None,
+    peft_config: Any = None,
     **changes: Any,
 ) -> ClassificationTrainer:
     """Eight rows a step in two micro-batches."""
@@ -120,6 +121,7 @@ def classification_trainer(
         batch_sampler=batch_sampler,
         callbacks=callbacks,
         compute_metrics=compute_metrics,
+        peft_config=peft_config,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback, default_data_collator
 
@@ -179,6 +180,32 @@ def test_resume_is_bit_equal(build: Build, optim: str, tmp_path: Path) -> None:
         assert torch.equal(resumed.model.state_dict()[name], value), name
     for name, value in whole.objective.state_dict().items():
         assert torch.equal(resumed.objective.state_dict()[name], value), name
+
+
+def test_an_adapter_trains_and_resumes_bit_equal(tmp_path: Path) -> None:
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "peft_config": lora}
+    whole = rows_of.classification_trainer(tmp_path, **changes)
+    frozen = {n: v.clone() for n, v in whole.model.named_parameters() if not v.requires_grad}
+    whole.train()
+    resumed = rows_of.classification_trainer(tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    moved = dict(resumed.model.named_parameters())
+    assert all(torch.equal(moved[name], value) for name, value in frozen.items())
+    for name, value in whole.model.named_parameters():
+        assert torch.equal(moved[name], value), name
+    assert any("lora_B" in name and value.any() for name, value in moved.items())
+
+
+def test_a_resumed_run_honours_a_new_length_and_step_size(tmp_path: Path) -> None:
+    first = rows_of.classification_trainer(
+        tmp_path, max_steps=3, save_strategy="steps", save_steps=3
+    )
+    first.train()
+    longer = rows_of.classification_trainer(tmp_path, max_steps=5)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert longer.state.global_step == 5
+    assert longer.objective.stats()["inner/visited"] >= first.objective.stats()["inner/visited"]
 
 
 def test_a_sampler_resumes_where_it_was(tmp_path: Path) -> None:
