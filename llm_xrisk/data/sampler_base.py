@@ -136,7 +136,8 @@ class PlannedBatchSampler(Sampler[list[int]]):
         The number of ranks may differ, since they share out one and the same batch.
 
         Raises:
-            ValueError: a state of a sampler for other data or batches, or no state of a sampler.
+            ValueError: a state of a sampler for other data or batches, none at all, or one beyond
+                the epoch.
         """
         missing = {"epoch", "step", "seed", "sizes"} - set(state)
         if missing:
@@ -155,6 +156,11 @@ class PlannedBatchSampler(Sampler[list[int]]):
                 f"got a state with {got}, and this {type(self).__name__} has {need}; a position "
                 "means the same batches for the same data and sizes only: build the sampler as in "
                 "the run that saved it, or begin an epoch anew with set_epoch"
+            )
+        if not 0 <= int(state["step"]) < len(self):
+            raise ValueError(
+                f"got a state at batch {state['step']} of an epoch of {len(self)}; it must come "
+                f"from {type(self).__name__}.state_dict(), whose epochs end at batch 0 of the next"
             )
         self.epoch, self.seed = int(state["epoch"]), int(state["seed"])
         self._step = self._resume = int(state["step"])

@@ -1,7 +1,7 @@
 """A classifier of very many classes, of which a step touches those of its batch alone."""
 
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,14 @@ class ClassGather(nn.Module):
         self.register_buffer("direction", torch.zeros(num_classes, dim) if beta < 1 else None)
         self.register_buffer("total", None if counts is None else counts.long().sum())
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "ClassGather":
+        average = self.direction
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        if average is not None and self.direction is not None:
+            # an average with a small beta does not move in bfloat16
+            self.direction = average.to(self.direction.device)
+        return self
+
     def forward(
         self, features: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> SampledLogits:
@@ -153,10 +161,11 @@ class ClassGather(nn.Module):
             return
         grad = self.weight.grad.coalesce()
         rows = grad.indices()[0]
-        average = torch.lerp(self.direction[rows], grad.values(), self.beta)
+        new = grad.values().to(self.direction.dtype)
+        average = torch.lerp(self.direction[rows], new, self.beta)
         self.direction.index_copy_(0, rows, average)
         self.weight.grad = torch.sparse_coo_tensor(
-            grad.indices(), average, grad.shape, check_invariants=False
+            grad.indices(), average.to(grad.dtype), grad.shape, check_invariants=False
         )
 
     @torch.no_grad()

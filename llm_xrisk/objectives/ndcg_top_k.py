@@ -61,10 +61,11 @@ class TopKNDCG(NDCG):
 
     State: as NDCG, and 9 bytes per query for lambda (14 with the Hessian).
 
-    Departures: the book adds the share of scores above lambda to (K + eps) / N_q; the derivative
-    subtracts it (with its sign lambda falls for ever). The authors' code misses the factor alpha
-    in psi'. The first visit of a query stores the lambda of the mini-batch. Items of a list of at
-    most K are all in its first K places: psi is 1. In ``eval()`` lambda is that of the batch.
+    Departures: as NDCG, N for the book's |S| in the outer mean. The book adds the share of scores
+    above lambda to (K + eps) / N_q; the derivative subtracts it (with its sign lambda falls for
+    ever). The authors' code misses the factor alpha in psi'. The first visit of a query stores
+    the lambda of the mini-batch. Items of a list of at most K are all in its first K places: psi
+    is 1. In ``eval()`` lambda is that of the batch.
 
     Raises:
         ValueError: as NDCG; K < 1, an unknown approach or gradient, alpha, tau1 or tau2 <= 0, or

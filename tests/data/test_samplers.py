@@ -358,3 +358,10 @@ def test_a_million_rows_take_a_tenth_of_a_second():
     building, thousand_batches = map(min, zip(*(seconds() for _ in range(3)), strict=True))
     assert building <= 0.1
     assert thousand_batches <= 0.1
+
+
+def test_a_state_beyond_the_epoch_is_refused() -> None:
+    sampler = DualSampler([0, 1] * 10, batch_size=4, num_pos=2)
+    state = sampler.state_dict() | {"step": 99}
+    with pytest.raises(ValueError, match="got a state at batch 99 of an epoch of 5"):
+        sampler.load_state_dict(state)

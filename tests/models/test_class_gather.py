@@ -245,3 +245,13 @@ def test_rows_and_labels_that_do_not_fit_are_refused() -> None:
         head(torch.zeros(2, 3, DIM), torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(IndexError, match=r"class 50 is out of range for num_classes=50"):
         head(torch.zeros(1, DIM), torch.tensor([50]))
+
+
+def test_the_average_stays_in_float32_beside_a_bfloat16_weight() -> None:
+    head = ClassGather(num_classes=10, dim=3, beta=0.1).to(torch.bfloat16)
+    features = torch.randn(4, 3, dtype=torch.bfloat16)
+    head(features, torch.tensor([1, 2, 3, 1])).scores.float().square().sum().backward()
+    head.average_gradient()
+    assert head.direction.dtype == torch.float32
+    assert head.direction.any()
+    assert head.weight.grad.dtype == torch.bfloat16
