@@ -234,6 +234,10 @@ class ObjectiveContract(InputContract):
         evaluate(objective, self.batches(1)[0])
         after = objective.stats()
         assert after.keys() == before.keys()
+        output = objective(**self.batches(1)[0].tensors())
+        told = objective.stats(output.metrics)
+        assert told["objective"] == pytest.approx(float(output.loss.detach()))
+        assert told.keys() == after.keys() | set(output.metrics)
         assert all(0 < share <= 1 for name, share in after.items() if name.endswith("visited"))
         assert all(math.isfinite(value) for value in after.values())
 

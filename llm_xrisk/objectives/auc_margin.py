@@ -1,6 +1,7 @@
 """AUC as a minimax problem (section 6.4.1)."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +105,11 @@ class AUCMargin(Objective):
             )
         self.gamma.fill_(gamma)
 
-    def stats(self) -> dict[str, float]:
-        """What the state holds, read on the host: means over the labels."""
+    def stats(self, metrics: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """How the objective is doing, read on the host: means over the labels, and ``metrics``."""
         held = {"a": self.a, "b": self.b, "alpha": self.alpha, "started": self.started}
-        return {name: float(value.detach().float().mean()) for name, value in held.items()}
+        own = {name: float(value.detach().float().mean()) for name, value in held.items()}
+        return own | {name: float(value) for name, value in (metrics or {}).items()}
 
     def forward(
         self, scores: Tensor, targets: Tensor, *, index: Tensor | None = None

@@ -141,14 +141,18 @@ class Objective(KeepsDtype):
                 "(targets >= 0.5)"
             )
 
-    def stats(self) -> dict[str, float]:
-        """What the state holds, read on the host: for logs now and then, not for every step.
+    def stats(self, metrics: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """How the objective is doing, read on the host: for logs now and then, not every step.
+
+        Args:
+            metrics: Those of the last output, to be told with the rest: the running objective and
+                the effective fraction of what is weighed.
 
         Returns:
             For each estimator the share of its samples visited so far and, over these, the mean
             of the tracked values (logarithms where it keeps them); for duals the mean of all.
         """
-        found: dict[str, float] = {}
+        found = {name: float(value) for name, value in (metrics or {}).items()}
         named = cast(Iterable[tuple[str, nn.Module]], self.named_modules())  # pyright: ignore[reportUnknownMemberType]
         for name, module in named:
             if isinstance(module, PerSampleDual):
