@@ -156,7 +156,14 @@ class TestGlobalCLIPWithAGlobalTemperature(TestGlobalCLIP):
         return super().build(**overrides | {"tau": module})
 
     def test_worked_example(self) -> None:
-        super().test_worked_example()
+        module = GlobalTemperature(0.5, RHO, lower=0.25, upper=1.0)
+        eye = torch.eye(2)
+        batch = Batch(eye, eye, {"index": torch.arange(2)}, leaves=("scores", "targets"))
+        result = evaluate(GlobalCLIP(num_samples=2, tau=module), batch)
+        # of both sides: l = -1, so log u = -2, and tau (log u + rho)
+        assert result.loss.item() == pytest.approx(2 * 0.5 * (-2 + RHO))
+        # z = log u + rho - l / tau = rho on each side, and d tau / d log(1 / tau) = -tau
+        assert [g.item() for g in result.parameters.values()] == pytest.approx([-0.5 * 2 * RHO])
 
     def test_the_gradient_in_tau_is_that_of_the_loops(self) -> None:
         objective, u = self.build(), ({}, {})
