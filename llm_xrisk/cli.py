@@ -22,6 +22,7 @@ VERBS = {
     "drrho": "DRO on losses above a reference model's: fine-tune where there is most to gain",
     "pool": "sample the negatives that dft trains against",
     "evaluate": "pass@k of a model, by sampling and greedy, with intervals",
+    "serve": "vLLM's OpenAI-compatible server for a model, an adapter or a TempNet",
     "verify": "check completions against gold answers and show the verdicts",
     "env": "print the versions a bug report needs",
 }
@@ -65,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(environment())
         return 0
     rest = arguments[1:]
+    if verb == "serve":  # by vLLM's launcher, not through accelerate
+        from llm_xrisk.serving.vllm_server import serve
+
+        return serve(rest)
     os.environ[PROGRAM_NAME] = f"llm-xrisk {verb}"
     try:
         if {"-h", "--help"} & set(rest):

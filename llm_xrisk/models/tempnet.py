@@ -22,9 +22,11 @@ from llm_xrisk.models.tempnet_loss import (
     wide,
 )
 
-CONFIG_NAME, WEIGHTS_NAME = "tempnet_config.json", "tempnet.safetensors"
+# The weights lie a folder down: vLLM takes every *.safetensors beside a model for the model's own.
+CONFIG_NAME, WEIGHTS_NAME = "tempnet_config.json", "tempnet/model.safetensors"
 _INPUT = "max_l2"
 _FEW_TOKENS = 32
+_FEW_NUMBERS = 1 << 24  # float32 numbers that a step of generation copies at once: 64 MB
 _LEAST_NORM = 1e-12  # flat logits have norm 0
 
 
@@ -43,6 +45,8 @@ class TempNetConfig:
         input: How logits enter: "max_l2" subtracts the largest and divides by the Euclidean norm,
             in float32. There is no other choice; it is written down so that weights trained with
             another one are refused rather than misread.
+        base_model: Name or path of the language model it was trained for, for folders that do
+            not hold it.
 
     Raises:
         ValueError: an argument out of range.
@@ -55,6 +59,7 @@ class TempNetConfig:
     rho: float = 8.5
     dropout: float = 0.5
     input: str = _INPUT
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -152,16 +157,46 @@ class TempNet(nn.Module):
                 f"this TempNet reads logits (..., {self.config.vocab_size}) of up to 3 dimensions, "
                 f"got {tuple(logits.shape)}; use the one trained for this model's vocabulary"
             )
+        if not (self.training or torch.is_grad_enabled()) and where is None and logits.ndim == 2:
+            tau = self.predict(logits)
+            _refuse_nan(tau, logits)
+            return tau
         hidden = self.project(logits, where, gradient)
         q = self.mix(self.dropout(hidden.sigmoid())).to(wide(hidden))
         pooled = ((q / self.scaler.exp()).softmax(-1) - 1 / q.shape[-1]) * q
         share = self.last(pooled.to(self.last.weight.dtype)).squeeze(-1).to(q.dtype).sigmoid()
-        if readable(share) and math.isnan(share.detach().sum().item()):
-            cause = "the logits" if bool(logits.isnan().any()) else "infinite logits or weights"
-            raise ValueError(
-                f"TempNet met NaN: {cause}; see whether the model's forward pass overflows"
-            )
+        _refuse_nan(share, logits)
         return self.config.tau_min + (self.config.tau_max - self.config.tau_min) * share
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Temperatures in a step of generation: without dropout, in the fewest operations.
+
+        Args:
+            logits: (rows, V) of any float dtype.
+
+        Returns:
+            (rows,) in float32 or wider, without gradient; NaN where a row's logits are NaN or
+            infinite.
+        """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.predict(logits)
+        project, mix, last, config = self.project, self.mix, self.last, self.config
+        w, linear = project.weight, nn.functional.linear
+        dtype = wide(w)
+        if logits.numel() > _FEW_NUMBERS:
+            hidden = project(logits)
+        else:
+            numbers = logits.to(dtype)
+            x = numbers - numbers.amax(-1, keepdim=True)
+            x.nan_to_num_(nan=math.nan, neginf=0.0)  # tokens not to be generated say nothing
+            x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_LEAST_NORM))
+            hidden = linear(x.to(w.dtype), w, project.bias)
+        q = linear(hidden.sigmoid_(), mix.weight, mix.bias).to(dtype)
+        pooled = (q / self.scaler.exp()).softmax(-1).sub_(1 / q.shape[-1]).mul_(q)
+        share = linear(pooled.to(w.dtype), last.weight, last.bias).to(dtype)
+        tau = share.sigmoid_().mul_(config.tau_max - config.tau_min).add_(config.tau_min)
+        return tau.squeeze(-1)
 
     def loss(
         self,
@@ -206,9 +241,9 @@ class TempNet(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``tempnet.safetensors`` and ``tempnet_config.json``, beside the model's files."""
+        """Write ``tempnet_config.json`` and ``tempnet/model.safetensors`` into a model's folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS_NAME).parent.mkdir(parents=True, exist_ok=True)
         weights = {name: w.contiguous() for name, w in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(asdict(self.config), indent=2)
@@ -256,7 +291,8 @@ class LogitProjection(nn.Linear):
         self, logits: Tensor, where: Tensor | None = None, gradient: LogitGradient | None = None
     ) -> Tensor:
         """Hidden units (..., M) of logits (..., V)."""
-        if not torch.is_grad_enabled() and logits.shape[:-1].numel() <= _FEW_TOKENS:
+        few = gradient is None and logits.shape[:-1].numel() <= _FEW_TOKENS
+        if few and not torch.is_grad_enabled():
             # a step of generation: no graph, and one chunk
             whole = (slice(None), slice(None))[: logits.ndim - 1]
             inputs = _inputs(logits, where, whole, self.weight)
@@ -313,6 +349,14 @@ def _inputs(
     if where is not None:
         x.masked_fill_(~where[part].unsqueeze(-1), 0.0)  # 0 times NaN would be NaN
     return x.to(weight.dtype)
+
+
+def _refuse_nan(found: Tensor, logits: Tensor) -> None:
+    if readable(found) and math.isnan(found.sum().item()):
+        cause = "the logits" if bool(logits.isnan().any()) else "infinite logits or weights"
+        raise ValueError(
+            f"TempNet met NaN: {cause}; see whether the model's forward pass overflows"
+        )
 
 
 def _existing(folder: str | Path, name: str) -> Path:

@@ -99,6 +99,7 @@ class VLLMEngine(RolloutEngine):
             "enforce_eager": True,
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
+            "additional_config": {"tempnet": False},  # rollouts are of the model, not tempered
             "dtype": dtype or ("auto" if torch.cuda.is_available() else "float32"),
             "gpu_memory_utilization": gpu_memory_utilization,
             # Log pi of the sampled token after the temperature; see generate() for truncation.

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from llm_xrisk.models.fixed_entropy import fixed_entropy_temperature
 from llm_xrisk.models.tempnet import TempNet
 from llm_xrisk.rollout.scoring import evaluation_mode
+from llm_xrisk.serving.division import divide_logits
 
 # What a generation config says when nothing is changed. transformers runs these of its own
 # processors before those it is given, on logits that a temperature is predicted from.
@@ -39,12 +40,7 @@ class TemperatureLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits over temperature, (rows, V) in float32 or wider."""
         with torch.no_grad():
-            tau = self.temperature(scores).unsqueeze(-1)
-            numbers = scores.to(tau.dtype)
-            top = numbers.amax(-1, keepdim=True)
-            divided = numbers / tau
-            next_best = torch.nextafter(top / tau, tau.new_tensor(-math.inf))
-            return torch.where(numbers < top, divided.minimum(next_best), divided)
+            return divide_logits(scores, self.temperature(scores))
 
     def check(self, generation_config: GenerationConfig) -> None:
         """Refuse settings that act on the logits before this does, or a second temperature.

@@ -127,16 +127,18 @@ def test_it_is_saved_beside_a_model_and_read_back(tmp_path):
     logits = model.eval()(ids).logits
     assert torch.equal(reloaded(ids).logits, logits)
     assert torch.equal(again(logits), net.eval()(logits))
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"model.safetensors", "tempnet.safetensors", "tempnet_config.json"} <= names
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert {"model.safetensors", "tempnet/model.safetensors", "tempnet_config.json"} <= names
+    # vLLM takes every *.safetensors of the folder for the model's own
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_folder_without_a_tempnet_is_refused_by_the_name_of_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no tempnet_config\.json"):
         TempNet.from_pretrained(tmp_path)
     net_of().save_pretrained(tmp_path)
-    (tmp_path / "tempnet.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no tempnet\.safetensors"):
+    (tmp_path / "tempnet" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no tempnet/model\.safetensors"):
         TempNet.from_pretrained(tmp_path)
 
 
@@ -199,3 +201,33 @@ def test_nan_logits_are_refused(value, cause):
         net.loss(logits, targets)
     with pytest.raises(ValueError, match="NaN or infinite at a token with a label"):
         tempered_loss(logits, targets, torch.ones(3, 5), rho=RHO)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_a_step_of_generation_predicts_what_forward_does(dtype, rows):
+    net = net_of().to(dtype)
+    logits = 4 * torch.randn(rows, V)
+    logits[0, 3] = -math.inf
+    wanted = net(logits).detach()  # with a graph: the modules, one by one
+    assert net(logits).requires_grad and not net.predict(logits).requires_grad
+    error = {torch.float32: 1e-6, torch.float64: 1e-7, torch.bfloat16: 2e-2}[dtype]
+    close(net.predict(logits), wanted, error)
+    with torch.no_grad():
+        assert torch.equal(net(logits), net.predict(logits))
+        assert not torch.equal(net.train()(logits), net.predict(logits))  # dropout
+
+
+def test_a_step_with_nan_or_infinite_logits_says_so_for_that_row_alone():
+    net, logits = net_of().float(), torch.randn(3, V)
+    logits[1, 2], logits[2, 2] = math.nan, math.inf
+    assert net.predict(logits).isnan().tolist() == [False, True, True]
+    with torch.no_grad(), pytest.raises(ValueError, match="TempNet met NaN: the logits"):
+        net(logits)
+
+
+def test_a_step_too_large_to_copy_is_worked_on_in_chunks(monkeypatch):
+    net, logits = net_of().float(), torch.randn(40, V)
+    wanted = net.predict(logits)
+    monkeypatch.setattr("llm_xrisk.models.tempnet._FEW_NUMBERS", 0)
+    close(net.predict(logits), wanted, 1e-6)
