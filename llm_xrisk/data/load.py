@@ -56,6 +56,7 @@ def load_rows(
         rows = pool.to_dataset()
     else:
         rows = _load_dataset(name, split)
+    rows.info.dataset_name = path.name if path.exists() else name  # a model's card names its data
     if limit:
         rows = rows.select(range(min(limit, len(rows))))
     return rows if "index" in rows.column_names else with_index(rows)

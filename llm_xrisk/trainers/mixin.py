@@ -33,7 +33,7 @@ from llm_xrisk.objectives import Objective, ObjectiveOutput
 from llm_xrisk.rollout.scoring import evaluation_mode
 from llm_xrisk.rollout.weight_sync import unwrap_model
 from llm_xrisk.trainers.callbacks import EpochCallback, TrainBeginCallback
-from llm_xrisk.trainers.card import model_card, own_settings, write_card
+from llm_xrisk.trainers.card import described, model_card, own_settings, write_card
 from llm_xrisk.trainers.checkpoint import (
     invalidate,
     last_complete_checkpoint,
@@ -350,13 +350,18 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
         model: Any = unwrap_model(self.model)  # pyright: ignore[reportArgumentType]
         configs = [c for c in (self.args, getattr(self, "rollout", None)) if c is not None]
         library = {"library_name": "peft" if is_peft(model) else "transformers"}
+        functions = getattr(getattr(self, "grade", None), "functions", [])
+        names = ", ".join(getattr(f, "__name__", type(f).__name__) for f in functions)
+        rewards = {"reward_funcs": names} if names else {}
         return model_card(
             name or Path(self.args.output_dir or "model").resolve().name,
             method=self._method.format(objective=type(self.objective).__name__),
             source=self._source,
             base=base or getattr(model.config, "_name_or_path", ""),
-            settings=own_settings(*configs),
+            settings=own_settings(*configs) | rewards,
             metadata=library | {"tags": [*self._tag_names, *tags]} | head,
+            data=described(self.train_dataset),
+            history=self.state.log_history,
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
