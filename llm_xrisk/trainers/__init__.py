@@ -17,6 +17,8 @@ from llm_xrisk.trainers.drrho import DRRHOTrainer
 from llm_xrisk.trainers.drrho_config import DRRHOConfig
 from llm_xrisk.trainers.mixin import ScoreWeighBackprop
 from llm_xrisk.trainers.rows import RowTrainer
+from llm_xrisk.trainers.tempnet import TempNetTrainer
+from llm_xrisk.trainers.tempnet_config import TempNetTrainingConfig
 
 __all__ = [
     "ClassificationConfig",
@@ -34,4 +36,6 @@ __all__ = [
     "RowTrainer",
     "ScoreConfig",
     "ScoreWeighBackprop",
+    "TempNetTrainer",
+    "TempNetTrainingConfig",
 ]
