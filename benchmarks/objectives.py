@@ -136,7 +136,7 @@ def lists(batch: int) -> dict[str, Step]:
     statistics = ranking_statistics(relevant, query)
     built = {
         "NDCG": o.NDCG(SAMPLES, *statistics),
-        "TopKNDCG": o.TopKNDCG(SAMPLES, *statistics, top_k=5),
+        "TopKNDCG": o.TopKNDCG(SAMPLES, *ranking_statistics(relevant, query, top_k=5), top_k=5),
         "ListwiseCrossEntropy": o.ListwiseCrossEntropy(SAMPLES, *statistics[:2]),
     }
     given = {"index": torch.arange(batch), "query": query}

@@ -176,15 +176,15 @@ def loss_of(run: Run, lists: Lists) -> Loss:
     whole = ranking_statistics(lists.relevance, lists.query)
     top = ranking_statistics(lists.relevance, lists.query, top_k=K)
     gamma = setting["gamma"]
-    warm_up = ListwiseCrossEntropy(count, *whole[:2], gamma)
+    warm_up = ListwiseCrossEntropy(count, *whole[:2], gamma=gamma)
     name, _, variant = run.method.partition(", ")
     options: dict[str, Any] = {
         "theoretical": {"gradient": "theoretical"},
         "product": {"approach": "product"},
     }.get(variant, {})
     objective = {
-        "NDCG": lambda: NDCG(count, *whole, gamma),
-        "TopKNDCG": lambda: TopKNDCG(count, *top, gamma, top_k=K, **options),
+        "NDCG": lambda: NDCG(count, *whole, gamma=gamma),
+        "TopKNDCG": lambda: TopKNDCG(count, *top, gamma=gamma, top_k=K, **options),
         "ListwiseCrossEntropy": lambda: warm_up,
     }[name]()
     warm = 0.25 if variant == "warmed up" else 0.0  # of the epochs, as section 6.4.4 advises

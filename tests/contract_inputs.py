@@ -163,6 +163,55 @@ class InputContract:
             with pytest.raises(ValueError, match=rf"{name} got .*scores \(.* needs .*scores \("):
                 evaluate(self.build(), bad)
 
+    def test_rows_that_are_no_tensors_are_refused_by_name(self) -> None:
+        batch, name = self.batches(1)[0], self.objective_class.__name__
+        exact = inspect.signature(self.objective_class.exact).parameters
+        for key, rows in batch.tensors().items():
+            texts = [f"id {row}" for row in range(len(rows))]
+            for other in (rows.tolist(), rows.numpy(), texts, "rows"):
+                given, objective = batch.tensors() | {key: other}, self.build()
+                message = rf"{name} got {key} as .* and needs a tensor; "
+                with pytest.raises(TypeError, match=message):
+                    objective(**given)
+                with pytest.raises(TypeError, match=message):
+                    objective.exact(**{n: t for n, t in given.items() if n in (*exact, key)})
+
+    def test_scores_and_ids_of_another_type_are_refused_by_name(self) -> None:
+        batch, name = self.batches(1)[0], self.objective_class.__name__
+        for kind in (torch.int64, torch.bool, torch.complex64):
+            wrong = batch.tensors() | {"scores": batch.scores.to(kind)}
+            with pytest.raises(ValueError, match=rf"{name} got scores of {kind}.*exchanged\?"):
+                self.build()(**wrong)
+        for key in {"index", "query"} & set(batch.groups):
+            for kind in (torch.float32, torch.bool, torch.complex64):
+                wrong = batch.tensors() | {key: batch.groups[key].to(kind)}
+                with pytest.raises(ValueError, match=rf"{key} must be integers.*got {kind}"):
+                    self.build()(**wrong)
+
+    def test_a_state_on_another_device_is_refused_with_the_way_out(self) -> None:
+        batch = self.batches(1)[0]
+        if not self.build().state_dict():
+            return
+        with pytest.raises(ValueError, match=r"has its state on meta .*objective\.to\("):
+            evaluate(self.build().to("meta"), batch)
+
+    def test_a_call_that_does_not_fit_shows_the_one_that_does(self) -> None:
+        batch, name = self.batches(1)[0], self.objective_class.__name__
+        given = batch.tensors()
+        rows, groups = (given.pop("scores"), given.pop("targets")), given
+        takes = rf"it takes {name}\.forward\(scores, targets"
+        with pytest.raises(TypeError, match=rf"too many positional arguments; {takes}"):
+            self.build()(*rows, rows[1], **groups)
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument 'labels'; {takes}"):
+            self.build()(*rows, labels=rows[1], **groups)
+        with pytest.raises(TypeError, match=rf"missing a required argument: 'scores'; {takes}"):
+            self.build()()
+
+    def test_an_output_says_where_its_loss_is(self) -> None:
+        output = self.build()(**self.batches(1)[0].tensors())
+        with pytest.raises(AttributeError, match=r"no 'backward'; its loss is output\.loss"):
+            output.backward()
+
     def test_a_missing_index_is_refused_with_the_way_out(self) -> None:
         batch = self.batches(1)[0]
         groups = {name: value for name, value in batch.groups.items() if name != "index"}

@@ -64,7 +64,7 @@ def ours(prior: bool) -> Loss:
     from llm_xrisk.objectives import AveragePrecision
 
     size = len(rows()[0])
-    objective = AveragePrecision(size, GAMMA, prior=POSITIVES / size if prior else None)
+    objective = AveragePrecision(size, gamma=GAMMA, prior=POSITIVES / size if prior else None)
     return lambda scores, targets, index: objective(scores, targets, index=index).loss
 
 

@@ -126,7 +126,7 @@ def precision(context: Context, prior: float | None) -> o.Objective:
     """Average precision at the sampler's or at the data's share of positives."""
     return o.AveragePrecision(
         len(context.targets),
-        context.setting["gamma"],
+        gamma=context.setting["gamma"],
         surrogate=surrogate(context),
         prior=prior,
     )

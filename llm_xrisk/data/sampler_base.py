@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from llm_xrisk.data.sampler_draws import distinct, passes, seeded
+from llm_xrisk.fcco.arguments import fits, shown
 
 logger = logging.getLogger(__name__)
 _SHARE = 8  # epochs that share one pass, which costs up to so many draws for each row used
@@ -30,6 +31,8 @@ class PlannedBatchSampler(Sampler[list[int]]):
 
     Attributes:
         epoch: The epoch that is being played, or is next.
+        num_replicas: As given.
+        rank: As given.
         seed: As given, or as loaded.
 
     Raises:
@@ -60,6 +63,7 @@ class PlannedBatchSampler(Sampler[list[int]]):
                 "of it: a batch is that of all ranks together, so give its size times the ranks"
             )
         self._sizes = {**sizes, "num_batches": num_batches}
+        self.num_replicas, self.rank = num_replicas, rank
         self._part = slice(units * rank // num_replicas, units * (rank + 1) // num_replicas)
         self.seed = seed
         self.epoch = 0
@@ -83,6 +87,11 @@ class PlannedBatchSampler(Sampler[list[int]]):
             yield (rows[rows >= 0] if ragged else rows).tolist()
 
     @property
+    def num_samples(self) -> int:
+        """Rows of the data set that it was built for."""
+        return self._sizes["num_samples"]
+
+    @property
     def sampler(self) -> "PlannedBatchSampler":
         """Itself: where accelerate hands on ``set_epoch`` behind its own shards."""
         return self
@@ -100,8 +109,8 @@ class PlannedBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: a negative epoch.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if not fits(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch must be an integer of at least 0, got {shown(epoch)}")
         if epoch != self.epoch and self._resume:
             logger.warning(
                 "The sampler was to go on at batch %d of epoch %d and is set to epoch %d, which "
@@ -124,8 +133,10 @@ class PlannedBatchSampler(Sampler[list[int]]):
             ValueError: a step outside the epoch.
         """
         step = self._step if step is None else step
-        if not 0 <= step <= len(self):
-            raise ValueError(f"step must be in 0..{len(self)}, the batches of an epoch, got {step}")
+        if not fits(step, int) or not 0 <= step <= len(self):
+            raise ValueError(
+                f"step must be in 0..{len(self)}, the batches of an epoch, got {shown(step)}"
+            )
         finished = step == len(self)
         position = {"epoch": self.epoch + finished, "step": 0 if finished else step}
         return {**position, "seed": self.seed, "sizes": dict(self._sizes)}
@@ -139,6 +150,11 @@ class PlannedBatchSampler(Sampler[list[int]]):
             ValueError: a state of a sampler for other data or batches, none at all, or one beyond
                 the epoch.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"got {shown(state)} as a state; it must come from "
+                f"{type(self).__name__}.state_dict(): load the sampler's own entry"
+            )
         missing = {"epoch", "step", "seed", "sizes"} - set(state)
         if missing:
             raise ValueError(
@@ -157,7 +173,8 @@ class PlannedBatchSampler(Sampler[list[int]]):
                 "means the same batches for the same data and sizes only: build the sampler as in "
                 "the run that saved it, or begin an epoch anew with set_epoch"
             )
-        if not 0 <= int(state["step"]) < len(self):
+        whole = all(fits(state[name], int) for name in ("epoch", "step", "seed"))
+        if not whole or not 0 <= state["step"] < len(self):
             raise ValueError(
                 f"got a state at batch {state['step']} of an epoch of {len(self)}; it must come "
                 f"from {type(self).__name__}.state_dict(), whose epochs end at batch 0 of the next"

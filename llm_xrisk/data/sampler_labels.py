@@ -1,5 +1,6 @@
 """Labels and groups from whatever holds them, checked once, when a sampler is built."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from llm_xrisk.data.with_index import IndexedDataset
+from llm_xrisk.fcco.arguments import shown
 
 
 def read_column(values: Any, *, name: str = "labels") -> np.ndarray:
@@ -21,7 +23,7 @@ def read_column(values: Any, *, name: str = "labels") -> np.ndarray:
         name: Of the argument; other things than labels are not looked for in a data set.
 
     Raises:
-        TypeError: a data set in which the entries cannot be found.
+        TypeError: a data set in which the entries cannot be found, or a mapping of columns.
         ValueError: entries that form no array.
 
     Example:
@@ -37,6 +39,11 @@ def read_column(values: Any, *, name: str = "labels") -> np.ndarray:
         raise TypeError(
             f"got a {type(values).__name__} as {name}, of which no column says that it holds "
             f"{name}; a sampler needs one entry for each row: pass that column, {name}=..."
+        )
+    if isinstance(values, type | Mapping):
+        raise TypeError(
+            f"got {shown(values)} as {name}; a sampler needs one entry for each row: pass the "
+            f"column that holds them, for example rows[{name.removesuffix('s')!r}]"
         )
     if isinstance(values, IndexedDataset):
         return read_column(values.dataset)
@@ -57,7 +64,8 @@ def read_column(values: Any, *, name: str = "labels") -> np.ndarray:
             f"got {name} whose rows differ in length; they must form one array of N or N x L "
             "entries: give each row one entry for each label"
         ) from error
-    return array.astype(str) if array.dtype == object and name != "labels" else array
+    texts = array.dtype == object and all(isinstance(entry, str) for entry in array.flat)
+    return array.astype(str) if texts else array
 
 
 def _labels_of(dataset: Any) -> Any:

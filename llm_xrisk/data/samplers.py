@@ -32,6 +32,7 @@ from torch import Tensor
 from llm_xrisk.data.sampler_base import PlannedBatchSampler, batches_for, check_positive
 from llm_xrisk.data.sampler_draws import distinct_of_each, seeded
 from llm_xrisk.data.sampler_labels import binary_labels, group_rows, relevance, task_labels
+from llm_xrisk.fcco.arguments import checked
 
 
 class DualSampler(PlannedBatchSampler):
@@ -59,6 +60,7 @@ class DualSampler(PlannedBatchSampler):
         seed: Of every draw; torch's global generator is left alone.
 
     Raises:
+        TypeError: labels of no known kind, or numbers that are none.
         ValueError: other labels, a class without rows, or numbers that make no batch.
         IndexError: no such column.
 
@@ -68,6 +70,7 @@ class DualSampler(PlannedBatchSampler):
         (2, [1, 1])
     """
 
+    @checked
     def __init__(
         self,
         labels: Any,
@@ -152,6 +155,7 @@ class TriSampler(PlannedBatchSampler):
         (2, [0, 1])
     """
 
+    @checked
     def __init__(
         self,
         labels: Any,
@@ -246,6 +250,7 @@ class QuerySampler(PlannedBatchSampler):
         [[0, 1, 2], [3, 4]]
     """
 
+    @checked
     def __init__(
         self,
         labels: Any,
@@ -337,6 +342,7 @@ class GroupSampler(PlannedBatchSampler):
         [2, 2]
     """
 
+    @checked
     def __init__(
         self,
         groups: Any,

@@ -1,10 +1,13 @@
 """The sample index: the column by which per-sample state finds its row."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import IterableDataset
+
+from llm_xrisk.fcco.arguments import shown
 
 
 class IndexedDataset:
@@ -54,7 +57,13 @@ class IndexedDataset:
         return getattr(self.dataset, name)
 
     def _number(self, index: int) -> int:
-        number = int(index)
+        try:
+            number = operator.index(index)
+        except TypeError as error:
+            raise TypeError(
+                f"a numbered data set is asked for a row by its number, got {shown(index)}; of "
+                "several rows take torch.utils.data.Subset(dataset, numbers)"
+            ) from error
         number += len(self) if number < 0 else 0
         if not 0 <= number < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
@@ -70,20 +79,22 @@ def with_index(dataset: Any) -> Any:
             :class:`IndexedDataset`.
 
     Returns:
-        The numbered dataset. Shuffle and filter it afterwards: the numbers stay with their rows.
+        The numbered dataset. Shuffle and filter it afterwards: the numbers stay with their rows,
+        and an objective's ``num_samples`` is the length from before.
 
     Raises:
         TypeError: the dataset has no length or no random access, or is a mapping of splits.
-        ValueError: there is a column ``index`` that is no such numbering.
+        ValueError: there is a column ``index`` that is no such numbering (of a data set that is
+            wrapped, when the row is read).
 
     Example:
         >>> with_index([{"text": "a"}, {"text": "b"}])[1]
         {'text': 'b', 'index': 1}
     """
     random_access = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if isinstance(dataset, IterableDataset) or not random_access:
+    if isinstance(dataset, IterableDataset | str | type) or not random_access:
         raise TypeError(
-            f"got a {type(dataset).__name__}, which has no length or no random access; the index "
+            f"got {shown(dataset)}, which has no length or no random access; the index "
             "of a sample must be the same in every epoch: load the data as a map-style dataset"
         )
     if isinstance(dataset, Mapping):
@@ -109,6 +120,11 @@ def with_index(dataset: Any) -> Any:
 
 def _numbered(item: Any, number: int) -> Any:
     if isinstance(item, Mapping):
+        if item.get("index", number) != number:
+            raise ValueError(
+                f"row {number} has an 'index' of {shown(item['index'])} already, which must count "
+                "the rows from 0: rename it first"
+            )
         return {**item, "index": number}
     return (*item, number) if isinstance(item, tuple) else (item, number)
 

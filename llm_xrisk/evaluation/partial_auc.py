@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_xrisk.fcco.arguments import fits, shown
+
 Floats = NDArray[np.float64]
 
 
@@ -57,8 +59,8 @@ def two_way_partial_auc(scores: Any, targets: Any, min_tpr: float, max_fpr: floa
         A number in [0, 1].
 
     Raises:
-        ValueError: limits outside their range, shapes that differ, scores that are NaN, or only
-            one class.
+        ValueError: limits outside their range, shapes that differ, scores that are no numbers,
+            targets that are no labels, or only one class.
 
     Example:
         >>> two_way_partial_auc([3.0, 1.0, 2.0, 0.0], [1, 1, 0, 0], min_tpr=0.0, max_fpr=1.0)
@@ -66,10 +68,7 @@ def two_way_partial_auc(scores: Any, targets: Any, min_tpr: float, max_fpr: floa
         >>> two_way_partial_auc([3.0, 1.0, 2.0, 0.0], [1, 1, 0, 0], min_tpr=0.5, max_fpr=0.5)
         0.0
     """
-    if not 0 <= min_tpr < 1:
-        raise ValueError(f"min_tpr must be in [0, 1), got {min_tpr}")
-    if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must be in (0, 1], got {max_fpr}")
+    check_region(min_tpr, max_fpr)
     positives, negatives = _classes(scores, targets)
     lowest, highest = np.sort(positives), np.sort(negatives)[::-1]
     row_weight = _first((1 - min_tpr) * len(lowest), len(lowest))
@@ -90,15 +89,14 @@ def _first(count: float, size: int) -> Floats:
 
 def _classes(scores: Any, targets: Any) -> tuple[Floats, Floats]:
     """The scores of the positives and of the negatives, or an error."""
-    values, labels = _array(scores), _array(targets)
+    values, labels = as_array("scores", scores), as_array("targets", targets)
     if values.ndim != 1 or values.shape != labels.shape:
         raise ValueError(
             f"got scores {values.shape} and targets {labels.shape}; need one score and one target "
             "for each row, both of shape (n,)"
         )
-    if np.isnan(values).any():
-        raise ValueError("got scores that are NaN, which have no rank; look at the model's output")
-    positive = labels > 0.5
+    check_ranked(values)
+    positive = positives(labels)
     if positive.all() or not positive.any():
         raise ValueError(
             f"got {int(positive.sum())} positives of {len(values)} rows; need both classes"
@@ -106,8 +104,60 @@ def _classes(scores: Any, targets: Any) -> tuple[Floats, Floats]:
     return values[positive], values[~positive]
 
 
-def _array(rows: Any) -> Floats:
-    """A list, an array or a tensor of any device as float64."""
+def check_region(min_tpr: float, max_fpr: float) -> None:
+    """Refuse limits of a region that are none.
+
+    Raises:
+        ValueError: min_tpr outside [0, 1) or max_fpr outside (0, 1].
+    """
+    if not fits(min_tpr, float) or not 0 <= min_tpr < 1:
+        raise ValueError(f"min_tpr must be in [0, 1), got {shown(min_tpr)}; 0 is the whole region")
+    if not fits(max_fpr, float) or not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr must be in (0, 1], got {shown(max_fpr)}; 1 is the whole region")
+
+
+def check_ranked(scores: Floats) -> None:
+    """Refuse scores without a rank.
+
+    Raises:
+        ValueError: NaN among them.
+    """
+    if np.isnan(scores).any():
+        raise ValueError("got scores that are NaN, which have no rank; look at the model's output")
+
+
+def positives(targets: Floats) -> NDArray[np.bool_]:
+    """Which targets are positive, from {0, 1}, {-1, 1} or booleans.
+
+    Raises:
+        ValueError: other values.
+
+    Example:
+        >>> positives(np.array([-1.0, 1.0])).tolist()
+        [False, True]
+    """
+    values = np.unique(targets)
+    known = set(values.tolist())
+    if not (known <= {0.0, 1.0} or known <= {-1.0, 1.0}):
+        raise ValueError(
+            f"targets must be 0 and 1 (or -1 and 1, or booleans), got {values[:6].tolist()}; "
+            "threshold them, targets >= 0.5, or are scores and targets exchanged?"
+        )
+    return targets > 0.5
+
+
+def as_array(name: str, rows: Any) -> Floats:
+    """A list, an array or a tensor of any device as float64.
+
+    Raises:
+        ValueError: what is not made of numbers.
+    """
     if hasattr(rows, "detach"):
         rows = rows.detach().cpu().double().numpy()
-    return np.asarray(rows, dtype=np.float64)
+    try:
+        return np.asarray(rows, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} must be numbers, one for each row, got {shown(rows)} that makes no array of "
+            "them; map classes to 0 and 1 first"
+        ) from error

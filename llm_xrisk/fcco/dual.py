@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from llm_xrisk.fcco.groups import distinct, finite_rows, group_mean, slots
-from llm_xrisk.fcco.keyed import KeyedState, kept
+from llm_xrisk.fcco.arguments import checked
+from llm_xrisk.fcco.groups import finite_rows, group_mean
+from llm_xrisk.fcco.keyed import KeyedState, Keys, kept
 
 
 class PerSampleDual(KeyedState):
@@ -28,6 +29,7 @@ class PerSampleDual(KeyedState):
         state_dtype: dtype of the state, whatever ``.to()`` says.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: num_samples < 1, lr <= 0, beta outside (0, 1], lower > upper, or a checkpoint
             of another size.
         IndexError: index outside [0, num_samples) (checked on the CPU).
@@ -42,6 +44,7 @@ class PerSampleDual(KeyedState):
     value: Tensor
     direction: Tensor
 
+    @checked
     def __init__(
         self,
         num_samples: int,
@@ -65,13 +68,11 @@ class PerSampleDual(KeyedState):
         self.register_buffer("value", torch.full((self.num_keys,), initial, dtype=state_dtype))
         self.register_buffer("direction", torch.zeros(self.num_keys, dtype=state_dtype))
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, index: Tensor | Keys) -> Tensor:
         """The current values of ``index`` (B,), without gradient."""
-        self.check(index)
-        return kept(self.value.index_select(0, index))
+        return kept(self.value.index_select(0, self.check(index).index))
 
-    @torch.no_grad()
-    def step(self, grad: Tensor, index: Tensor, where: Tensor | None = None) -> Tensor:
+    def step(self, grad: Tensor, index: Tensor | Keys, where: Tensor | None = None) -> Tensor:
         """Take one projected step against ``grad`` (B,) on the rows ``where`` (all by default).
 
         In ``eval()`` nothing is done.
@@ -79,16 +80,15 @@ class PerSampleDual(KeyedState):
         Returns:
             (B,) the values of ``index`` after the step, without gradient.
         """
-        self.check(index)
-        old = self.value.index_select(0, index)
+        keys = self.check(index)
+        index, old = keys.index, self.value.index_select(0, keys.index)
         if not self.training:
             return old
-        where = finite_rows(grad, where)
-        mean, moved = grad.to(self.value.dtype), where
-        if not distinct(index):
-            observed = torch.ones_like(index, dtype=torch.bool) if where is None else where
-            mean, count = group_mean(mean, slots(index), observed)
-            moved = count > 0
+        mean = grad.detach().to(self.value.dtype)
+        moved = where = finite_rows(mean, where)
+        if not keys.distinct:
+            mean, count = group_mean(mean, keys.slots, where)
+            moved = None if where is None else count > 0
         if self.beta < 1:
             before = self.direction.index_select(0, index)
             mean = torch.lerp(before, mean, self.beta)

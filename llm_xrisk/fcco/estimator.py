@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llm_xrisk.fcco import rules
-from llm_xrisk.fcco.groups import columns, distinct, finite_rows, group_mean, slots
-from llm_xrisk.fcco.keyed import KeyedState, kept
+from llm_xrisk.fcco.arguments import checked
+from llm_xrisk.fcco.groups import columns, finite_rows, group_mean
+from llm_xrisk.fcco.keyed import KeyedState, Keys, kept
 from llm_xrisk.fcco.schedules import GammaSchedule, constant
 
 
@@ -41,7 +42,9 @@ class InnerEstimator(KeyedState):
         state_dtype: dtype of ``u``; float64 in tests that compare to 1e-10.
 
     Raises:
-        ValueError: gamma outside (0, 1], num_samples < 1, or a checkpoint of another size.
+        TypeError: an argument of another kind.
+        ValueError: gamma outside (0, 1], num_samples < 1, inner values of another shape, or a
+            checkpoint of another size.
         IndexError: index outside [0, num_samples) (checked on the CPU, where it costs nothing).
 
     Example:
@@ -58,6 +61,7 @@ class InnerEstimator(KeyedState):
     visited: Tensor
     gamma: Tensor
 
+    @checked
     def __init__(
         self,
         num_samples: int,
@@ -71,7 +75,7 @@ class InnerEstimator(KeyedState):
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(num_samples, num_labels)
-        self.log = log
+        self.log, self.shape = log, shape
         self.initial = initial
         self.rule = rule
         self.schedule = gamma if callable(gamma) else constant(gamma)
@@ -90,7 +94,7 @@ class InnerEstimator(KeyedState):
             )
         self.gamma.fill_(gamma)
 
-    def forward(self, g: Tensor, index: Tensor, where: Tensor | None = None) -> Tensor:
+    def forward(self, g: Tensor, index: Tensor | Keys, where: Tensor | None = None) -> Tensor:
         """Update the state of the rows' samples and return it with the gradient of ``g``.
 
         Each of several rows with equal ``index`` is averaged with the u that all of them found,
@@ -101,7 +105,7 @@ class InnerEstimator(KeyedState):
         Args:
             g: (B, *shape) mini-batch inner values (their logarithms if ``log``); infinite and NaN
                 ones are no observations.
-            index: (B,) sample ids.
+            index: (B,) sample ids, or the keys made of them.
             where: (B,) which rows are observations; all by default.
 
         Returns:
@@ -109,25 +113,29 @@ class InnerEstimator(KeyedState):
         """
         if not self.training:
             return g
-        self.check(index)
-        u = kept(self._update(g.detach().to(self.u.dtype), index, where))
+        keys = self.check(index)
+        if g.shape != (*keys.index.shape, *self.shape):
+            raise ValueError(
+                f"got inner values {tuple(g.shape)} and index {tuple(keys.index.shape)}; an "
+                f"estimator of shape {self.shape} needs one such value for each id"
+            )
+        u = kept(self._update(g.detach().to(self.u.dtype), keys, where))
         if not g.requires_grad:
             return u.to(torch.promote_types(g.dtype, u.dtype))
         return cast(Tensor, _Tracked.apply(g, u, self.log))  # pyright: ignore[reportUnknownMemberType]
 
-    def _update(self, g: Tensor, index: Tensor, where: Tensor | None) -> Tensor:
-        where = finite_rows(g, where)
+    def _update(self, g: Tensor, keys: Keys, where: Tensor | None) -> Tensor:
+        where, index = finite_rows(g, where), keys.index
         u, visited = self.u.index_select(0, index), self.visited.index_select(0, index)
         rule = self.rule or (rules.log_moving_average if self.log else rules.moving_average)
         new = rule(u, g, self.gamma)
         if self.initial is None:
             new = torch.where(columns(visited, u), new, g)
         mean, seen = new, where
-        if not distinct(index):
+        if not keys.distinct:
             # rows of one sample all write their mean: the order of the writes cannot matter
-            observed = torch.ones_like(visited) if where is None else where
-            mean, count = group_mean(new, slots(index), observed, log=self.log)
-            seen = count > 0
+            mean, count = group_mean(new, keys.slots, where, log=self.log)
+            seen = None if where is None else count > 0
         if seen is None:
             self.u.index_copy_(0, index, mean)
             self.visited.index_fill_(0, index, True)

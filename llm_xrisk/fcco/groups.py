@@ -12,7 +12,7 @@ def readable(tensor: Tensor) -> bool:
 
     Elsewhere it would wait for the device, and in compiled code shapes must not depend on values.
     """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def slots(index: Tensor) -> Tensor:
@@ -22,6 +22,8 @@ def slots(index: Tensor) -> Tensor:
         >>> slots(torch.tensor([70, 30, 70]))
         tensor([1, 0, 1])
     """
+    if readable(index):
+        return cast(Tensor, torch.unique(index, return_inverse=True)[1])  # pyright: ignore
     ordered, order = torch.sort(index, stable=True)
     starts = torch.ones_like(order)
     starts[1:] = ordered[1:] != ordered[:-1]
@@ -34,7 +36,7 @@ def group_sum(values: Tensor, slot: Tensor) -> Tensor:
 
 
 def group_mean(
-    values: Tensor, slot: Tensor, where: Tensor, *, log: bool = False
+    values: Tensor, slot: Tensor, where: Tensor | None, *, log: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Mean over the rows of each row's slot that lie in ``where``, and the number of these.
 
@@ -44,7 +46,7 @@ def group_mean(
     Args:
         values: (B, ...) numbers, or their logarithms.
         slot: (B,) from :func:`slots`.
-        where: (B,) which rows count.
+        where: (B,) which rows count, None for all.
         log: Whether ``values`` are logarithms; so is the result then.
 
     Returns:
@@ -55,14 +57,19 @@ def group_mean(
         >>> group_mean(torch.tensor([1.0, 3.0, 9.0, 9.0]), slot, where)
         (tensor([2., 2., 2., 0.]), tensor([2., 2., 2., 0.]))
     """
-    count = group_sum(where.to(values.dtype), slot)
-    size, outside = columns(count.clamp(min=1), values), columns(~where, values)
+    if where is None:
+        count = group_sum(torch.ones_like(slot, dtype=values.dtype), slot)
+        size, masked = columns(count, values), values
+    else:
+        count = group_sum(where.to(values.dtype), slot)
+        size, outside = columns(count.clamp(min=1), values), columns(~where, values)
+        masked = values.masked_fill(outside, torch.finfo(values.dtype).min if log else 0.0)
     if not log:
-        return group_sum(values.masked_fill(outside, 0.0), slot) / size, count
-    lowest = torch.finfo(values.dtype).min
-    masked = values.masked_fill(outside, lowest)
+        return group_sum(masked, slot) / size, count
     top = _group_max(masked.detach(), slot)
-    share = torch.exp(masked - top).masked_fill(outside, 0.0)
+    share = torch.exp(masked - top)
+    if where is not None:
+        share = share.masked_fill(columns(~where, values), 0.0)
     # the sum is at least 1, the largest entry's share, but where there is nothing to sum
     return torch.log(group_sum(share, slot).clamp(min=0.5) / size) + top, count
 

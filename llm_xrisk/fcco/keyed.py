@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_xrisk.fcco.groups import readable
+from llm_xrisk.fcco.arguments import INTEGERS, shown
+from llm_xrisk.fcco.groups import distinct, readable, slots
 
 
 class KeepsDtype(nn.Module):
@@ -29,6 +30,71 @@ class KeepsDtype(nn.Module):
             if weight is not None and weight.dtype != old.dtype:
                 weight.data = old.to(weight.device)
         return self
+
+
+class Keys:
+    """Keys of rows, looked at once however many averages and duals are read and written by them.
+
+    State takes a tensor as well and makes its own keys of it.
+
+    Args:
+        index: (B,) integers.
+        below: Where they are already known to lie in [0, below).
+
+    Attributes:
+        index: (B,) the keys.
+        distinct: Whether no two of them are known to be equal.
+        slots: (B,) equal keys numbered alike, 0 <= slot < B.
+
+    Example:
+        >>> keys = Keys(torch.tensor([70, 30, 70]))
+        >>> keys.distinct, keys.slots
+        (False, tensor([1, 0, 1]))
+    """
+
+    def __init__(self, index: Tensor, below: int | None = None) -> None:
+        self.index, self.below = index, below
+        # not cached_property: its lock cannot be compiled
+        self._distinct: bool | None = None
+        self._slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, index: "Tensor | Keys") -> "Keys":
+        """``index`` itself if it is one, else the keys made of it."""
+        return index if isinstance(index, Keys) else cls(index)
+
+    @classmethod
+    def each(cls, count: int, device: torch.device | None = None) -> "Keys":
+        """The keys 0 to count - 1, each once."""
+        keys = cls(torch.arange(count, device=device), below=count)
+        keys._distinct = True
+        return keys
+
+    @property
+    def distinct(self) -> bool:
+        """Whether no two keys are equal; False where finding out would wait."""
+        if self._distinct is None:
+            self._distinct = distinct(self.index)
+        return self._distinct
+
+    @property
+    def slots(self) -> Tensor:
+        """(B,) number of each key among the different ones."""
+        if self._slots is None:
+            self._slots = slots(self.index)
+        return self._slots
+
+    def check(self, num_keys: int) -> None:
+        """Check them on the CPU; elsewhere, and in compiled code, this does nothing.
+
+        Raises:
+            IndexError: a key outside [0, num_keys).
+        """
+        if self.below is not None and self.below <= num_keys:
+            return
+        if readable(self.index):
+            check_index(self.index, num_keys)
+            self.below = num_keys
 
 
 class KeyedState(KeepsDtype):
@@ -58,14 +124,22 @@ class KeyedState(KeepsDtype):
         """Rows of the state, n L."""
         return self.num_samples * self.num_labels
 
-    def check(self, index: Tensor) -> None:
-        """Check an index on the CPU; elsewhere, and in compiled code, this does nothing.
+    def check(self, index: Tensor | Keys) -> Keys:
+        """Check an index on the CPU; elsewhere, and in compiled code, it is taken as it is.
+
+        Returns:
+            The keys that it is or that are made of it.
 
         Raises:
             IndexError: an entry outside [0, n L).
         """
-        if readable(index):
-            check_index(index, self.num_keys)
+        keys = Keys.of(index)
+        if not isinstance(keys.index, Tensor) or keys.index.dtype not in INTEGERS:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"index must be a tensor of integers, sample ids from 0 up, got {shown(keys.index)}"
+            )
+        keys.check(self.num_keys)
+        return keys
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -111,5 +185,6 @@ def check_index(index: Tensor, num_samples: int) -> None:
     if low < 0 or high >= num_samples:
         raise IndexError(
             f"index {low if low < 0 else high} is out of range for num_samples={num_samples}; "
-            "build the objective with num_samples=len(train_dataset) and number the rows 0..n-1"
+            "build the objective with num_samples=len(train_dataset) and number the rows 0..n-1; "
+            "of rows left over from a larger data set it is their largest index + 1"
         )

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm_xrisk.fcco.arguments import INTEGERS, checked, shown
+
 _CHUNK_CLASSES = 1 << 14
 
 
@@ -58,6 +60,7 @@ class ClassGather(nn.Module):
         std: Standard deviation of the first weights, >= 0.
 
     Raises:
+        TypeError: an argument of another kind, or rows that are no tensors.
         ValueError: an argument out of range, counts of another shape, or a class that neither
             the labels nor ``extra`` would ever draw.
 
@@ -73,6 +76,7 @@ class ClassGather(nn.Module):
     total: Tensor | None
     direction: Tensor | None
 
+    @checked
     def __init__(
         self,
         num_classes: int,
@@ -114,11 +118,7 @@ class ClassGather(nn.Module):
             labels: (B,) classes in [0, K).
             generator: Draws the extra classes.
         """
-        if features.ndim != 2 or labels.shape != features.shape[:1]:
-            raise ValueError(
-                f"need features (B, {self.dim}) and labels (B,), got {tuple(features.shape)} and "
-                f"{tuple(labels.shape)}; flatten further dimensions first"
-            )
+        self._check_rows(features, labels)
         drawn = torch.randint(
             self.num_classes, (self.extra,), device=labels.device, generator=generator
         )
@@ -129,13 +129,7 @@ class ClassGather(nn.Module):
 
     def gather(self, classes: Tensor) -> Tensor:
         """Rows of ``classes`` (m,), (m, d), whose gradient is a sparse one of ``weight``."""
-        if classes.device.type == "cpu" and classes.numel():
-            low, high = int(classes.min()), int(classes.max())
-            if low < 0 or high >= self.num_classes:
-                raise IndexError(
-                    f"class {low if low < 0 else high} is out of range for num_classes="
-                    f"{self.num_classes}; number the classes 0..K-1"
-                )
+        self._check_range(classes)
         return F.embedding(classes, self.weight, sparse=True)
 
     def importance(self, classes: Tensor, rows: int) -> Tensor | None:
@@ -176,6 +170,8 @@ class ClassGather(nn.Module):
             >>> ClassGather(8, 2, std=0.0).cross_entropy(torch.ones(1, 2), torch.tensor([3])).exp()
             tensor([8.])
         """
+        self._check_rows(features, labels)
+        self._check_range(labels)
         whole = features.new_full(labels.shape, -math.inf)
         for part in self.weight.split(_CHUNK_CLASSES):
             logits = cast(Tensor, features @ part.T)
@@ -186,11 +182,42 @@ class ClassGather(nn.Module):
         """Show the sizes."""
         return f"num_classes={self.num_classes}, dim={self.dim}, extra={self.extra}"
 
+    def _check_rows(self, features: Any, labels: Any) -> None:
+        """Refuse rows that are no features of width ``dim`` and classes."""
+        for name, rows in (("features", features), ("labels", labels)):
+            if not isinstance(rows, Tensor):
+                raise TypeError(f"ClassGather got {name} as {shown(rows)} and needs a tensor")
+        if features.shape[1:] != (self.dim,) or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"need features (B, {self.dim}) and labels (B,), got {tuple(features.shape)} and "
+                f"{tuple(labels.shape)}; flatten further dimensions first"
+            )
+        if not features.is_floating_point() or labels.dtype not in INTEGERS:
+            raise ValueError(
+                "need floating-point features and integer labels, classes in [0, K), got "
+                f"{features.dtype} and {labels.dtype}; of one-hot labels take argmax(1)"
+            )
+
+    def _check_range(self, classes: Tensor) -> None:
+        """On a CPU, refuse classes outside [0, K)."""
+        if classes.device.type == "cpu" and classes.numel():
+            low, high = int(classes.min()), int(classes.max())
+            if low < 0 or high >= self.num_classes:
+                raise IndexError(
+                    f"class {low if low < 0 else high} is out of range for num_classes="
+                    f"{self.num_classes}; number the classes 0..K-1"
+                )
+
     def _checked(self, counts: Tensor) -> Tensor:
         if counts.shape != (self.num_classes,):
             raise ValueError(
                 f"counts must be ({self.num_classes},), got {tuple(counts.shape)}; use "
                 "torch.bincount(labels, minlength=num_classes)"
+            )
+        if counts.is_floating_point() and not torch.equal(counts, counts.round()):
+            raise ValueError(
+                "counts must be numbers of examples, got fractions; use torch.bincount(labels, "
+                "minlength=num_classes)"
             )
         missing = int((counts <= 0).sum())
         if missing and not self.extra:

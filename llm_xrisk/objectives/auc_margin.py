@@ -74,8 +74,8 @@ class AUCMargin(Objective):
 
     def __init__(
         self,
-        gamma: float | GammaSchedule = 0.2,
         *,
+        gamma: float | GammaSchedule = 0.2,
         surrogate: SquaredHinge | Squared = SQUARED_HINGE,
         num_labels: int | None = None,
         initial: tuple[float, float, float] | None = None,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
 from llm_xrisk.objectives.pairs import Pairs
 from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
@@ -69,8 +69,8 @@ class AveragePrecision(Objective):
     def __init__(
         self,
         num_samples: int,
-        gamma: float | GammaSchedule = 0.1,
         *,
+        gamma: float | GammaSchedule = 0.1,
         surrogate: Surrogate = SQUARED_HINGE,
         prior: float | Sequence[float] | Tensor | None = None,
         num_labels: int | None = None,
@@ -109,41 +109,40 @@ class AveragePrecision(Objective):
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
         scores, targets, ids = self.joined(scores, targets, index)
-        positive = targets > 0.5
-        pairs = Pairs(scores, positive)
+        pairs = Pairs(scores, targets > 0.5, whole=True)
         g, slope, columns = self._inner_values(pairs)
-        u = self.inner(g, pairs.keys(ids), where=pairs.anchors)
+        u = self.inner(g, pairs.keys(self.keys(ids)), where=pairs.anchors)
         first, second = pairs.attach(u, slope, columns).unbind(-1)
         loss = -pairs.mean(first / second, pairs.anchors)
-        with torch.no_grad():
-            metrics = {
+
+        def metrics() -> dict[str, Tensor]:
+            return {
                 "objective": loss.detach(),
                 "u/mean": observed_mean(second, pairs.anchors),
                 "positives": pairs.share(),
                 "skipped": pairs.skipped(pairs.anchors),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.22) of the given rows, without state."""
         self.check_shapes(scores=scores, targets=targets)
-        pairs = Pairs(widened(scores), targets > 0.5)
+        pairs = Pairs(widened(scores), targets > 0.5, whole=True)
         first, second = pairs.attach(*self._inner_values(pairs)).unbind(-1)
         return -pairs.mean(first / second, pairs.anchors)
 
     def _inner_values(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """g_1 and g_2 of each anchor, (A, 2), and slope and columns of their gradient."""
-        first, weight = (
-            pairs.positives,
-            torch.full_like(pairs.positives, 1 / max(len(pairs.scores), 1)),
-        )
+        first = pairs.columns_of(pairs.positive.to(pairs.gap.dtype))
+        weight = torch.full_like(first, 1 / max(len(pairs.scores), 1))
         if self.prior is not None:
-            prior = self.prior.to(first.dtype)
+            prior, second = self.prior.to(first.dtype), 1 - first
             if pairs.label is not None:
                 prior = prior.expand(pairs.num_labels)[pairs.label, None]
             share = prior / first.sum(-1, keepdim=True).clamp(min=1)
-            other = (1 - prior) / pairs.negatives.sum(-1, keepdim=True).clamp(min=1)
-            weight = first * share + pairs.negatives * other
+            other = (1 - prior) / second.sum(-1, keepdim=True).clamp(min=1)
+            weight = first * share + second * other
         pairwise, slope = self.surrogate.with_slope(pairs.gap)
         columns = torch.stack([weight * first, weight])
         return pairs.sums(pairwise, columns), slope, columns

@@ -1,16 +1,19 @@
 """What every objective shares: its face, its output, its checks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from llm_xrisk.fcco import InnerEstimator, PerSampleDual, join
 from llm_xrisk.fcco.groups import readable
-from llm_xrisk.fcco.keyed import KeepsDtype, check_index
+from llm_xrisk.fcco.keyed import KeepsDtype, Keys, check_index
+from llm_xrisk.objectives.calls import built, check_kind, guarded, require_index
 from llm_xrisk.objectives.precision import unified, without_autocast
+from llm_xrisk.objectives.refusals import check_binary, wrong_shapes
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,53 @@ class ObjectiveOutput:
 
     Attributes:
         loss: () plug-in estimate of the objective; its gradient is the book's estimator.
-        metrics: Detached scalars for the log, by name.
+        metrics: Detached scalars for the log, by name; worked out when first looked at.
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say where the loss is, to who takes the output for it."""
+            raise AttributeError(f"an ObjectiveOutput has no {name!r}; its loss is output.loss")
+
+
+class _Later(Mapping[str, Tensor]):
+    def __init__(self, compute: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._compute = compute
+
+    @cached_property
+    def _found(self) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            return self._compute()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def later(compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """What ``compute`` returns, worked out when first looked at; in compiled code at once.
+
+    A step whose metrics nobody logs does not pay for them. ``compute`` must not read state, which
+    the next step changes.
+
+    Example:
+        >>> metrics = later(lambda: {"objective": torch.tensor(1.0)})
+        >>> metrics["objective"]
+        tensor(1.)
+    """
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            return compute()
+    return _Later(compute)
 
 
 class Objective(KeepsDtype):
@@ -47,16 +92,22 @@ class Objective(KeepsDtype):
 
     score: str | None = None
     binary_targets: ClassVar[bool] = True
+    row_advice: ClassVar[str] = "give each row one entry in each of them"
     num_samples: int | None = None
     num_labels: int | None = None
     _wide: torch.dtype | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep autocast out of ``forward`` and ``exact``: pairs of scores need their precision."""
+        """Let the class say by name what it cannot be built or called with.
+
+        And keep autocast out of ``forward`` and ``exact``: pairs of scores need their precision.
+        """
         super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = built(vars(cls)["__init__"])
         for name in ("forward", "exact"):
             if name in vars(cls):
-                setattr(cls, name, without_autocast(vars(cls)[name]))
+                setattr(cls, name, guarded(without_autocast(vars(cls)[name])))
 
     def set_epoch(self, epoch: float) -> None:
         """Let every estimator's gamma follow its schedule."""
@@ -92,6 +143,10 @@ class Objective(KeepsDtype):
         given = (scores, targets, index, *rows.values())
         return join(*(t if t is None else unified(t, wide) for t in given))
 
+    def keys(self, ids: Tensor) -> Keys:
+        """Keys of the ids that :meth:`joined` returned, which it has checked in training."""
+        return Keys(ids, self.num_samples if self.training else None)
+
     def _widest(self) -> torch.dtype:
         """float32, or float64 where the state has it: rows are computed with in that at least."""
         if self._wide is None:
@@ -125,21 +180,7 @@ class Objective(KeepsDtype):
         Raises:
             ValueError: with the values that came.
         """
-        if targets.dtype == torch.bool or targets.numel() == 0:
-            return
-        if not targets.is_floating_point():
-            low, high = torch.aminmax(targets)
-            if low.item() >= 0 and high.item() <= 1:
-                return
-        zero, signed = targets == 0, targets == -1
-        known = zero | signed | (targets == 1)
-        if not bool(known.all()) or (bool(zero.any()) and bool(signed.any())):
-            listed = cast(list[float], targets.flatten().tolist())  # pyright: ignore[reportUnknownMemberType]
-            raise ValueError(
-                f"{type(self).__name__} needs targets 0 or 1 (or -1 and 1, or booleans), got "
-                f"{sorted({float(v) for v in listed})[:8]}; threshold them first, for example "
-                "(targets >= 0.5)"
-            )
+        check_binary(type(self).__name__, targets)
 
     def stats(self, metrics: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """How the objective is doing, read on the host: for logs now and then, not every step.
@@ -174,37 +215,9 @@ class Objective(KeepsDtype):
             ValueError: targets other than 0 and 1 (or -1 and 1, or booleans), or a missing index.
             IndexError: index outside [0, num_samples).
         """
+        for name, rows in (("targets", targets), ("index", index)):
+            check_kind(self, name, rows, set())
         if targets is not None and self.binary_targets:
             self.check_labels(targets)
         if self.num_samples is not None:
             check_index(require_index(self, index).cpu(), self.num_samples)
-
-
-def require_index(objective: Objective, index: Tensor | None) -> Tensor:
-    """Return ``index``, its range checked on a CPU, or raise the error that shows how to get one.
-
-    Every row is checked, also those that no estimator will see.
-    """
-    if index is None:
-        raise ValueError(
-            f"{type(objective).__name__} keeps a value for each sample and got no index; number "
-            "the rows with llm_xrisk.data.with_index(dataset) and pass index=batch['index']"
-        )
-    if index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"index must be integers, sample ids from 0 up; got {index.dtype}")
-    # in eval() rows are those of another data set, and nothing is read or written for them
-    if objective.num_samples is not None and objective.training and readable(index):
-        check_index(index, objective.num_samples)
-    return index.long()
-
-
-def wrong_shapes(
-    objective: Objective, given: Mapping[str, Tensor], need: Mapping[str, tuple[Any, ...]]
-) -> ValueError:
-    """The error for rows that do not fit: what came, what is needed, what to do."""
-    got = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
-    wanted = ", ".join(f"{name} ({', '.join(map(str, s))})" for name, s in need.items())
-    return ValueError(
-        f"{type(objective).__name__} got {got} and needs {wanted}; give each row one entry: "
-        "logits[:, 1] - logits[:, 0] or logits.squeeze(-1) are scores of one label"
-    )

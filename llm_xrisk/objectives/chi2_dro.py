@@ -53,8 +53,8 @@ class Chi2DRO(RobustObjective):
 
     def __init__(
         self,
-        lam: float = 1.0,
         *,
+        lam: float = 1.0,
         eta_lr: float = 0.01,
         eta_beta: float = 1.0,
         state_dtype: torch.dtype = torch.float32,
@@ -141,9 +141,9 @@ class Chi2ConstrainedDRO(RobustObjective):
 
     def __init__(
         self,
+        *,
         gamma: float | GammaSchedule = 0.9,
         rho: float = 0.5,
-        *,
         eta_lr: float = 0.01,
         eta_beta: float = 1.0,
         state_dtype: torch.dtype = torch.float32,

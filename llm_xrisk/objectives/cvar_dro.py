@@ -54,8 +54,8 @@ class CVaRDRO(RobustObjective):
 
     def __init__(
         self,
-        alpha: float = 0.1,
         *,
+        alpha: float = 0.1,
         nu_lr: float = 0.01,
         nu_beta: float = 1.0,
         eps: float = 0.0,

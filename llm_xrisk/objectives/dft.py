@@ -6,7 +6,7 @@ from torch import Tensor
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.groups import group_mean, slots
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.base import ObjectiveOutput, later
 from llm_xrisk.objectives.pairs import rows_of
 from llm_xrisk.objectives.reductions import masked_mean, observed_max, observed_mean, widened
 from llm_xrisk.objectives.scores import SCORES
@@ -116,11 +116,12 @@ class DFT(SequenceObjective):
         log_u = self.inner(log_g, ids[rows], where=anchors)
         normaliser = self.tau * log_u.masked_fill(~anchors, 0.0).sum()
         loss = (normaliser - scores.masked_fill(~gold, 0.0).sum()) / gold.sum().clamp(min=1)
-        with torch.no_grad():
+
+        def metrics() -> dict[str, Tensor]:
             fraction = effective_in_group(exponent, whole, ~gold, slot)
             answer, _ = group_mean(scores, slot, gold)  # the gold answer's score, in all its rows
             wins, _ = group_mean((answer > scores).to(scores.dtype), slot, ~gold)
-            metrics = {
+            return {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
@@ -133,7 +134,8 @@ class DFT(SequenceObjective):
                 "score/negative": observed_mean(scores, ~gold),
                 "auc": observed_mean(wins[rows], anchors),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(
         self,

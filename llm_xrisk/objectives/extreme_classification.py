@@ -91,8 +91,8 @@ class ExtremeClassification(Objective):
         self,
         num_samples: int,
         num_classes: int,
-        gamma: float | GammaSchedule = 0.1,
         *,
+        gamma: float | GammaSchedule = 0.1,
         method: str = "scent",
         log_alpha: float | None = None,
         multiplier: float = 1.0,
@@ -104,6 +104,10 @@ class ExtremeClassification(Objective):
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if num_classes < 2 or delta < 0:
             raise ValueError(f"need num_classes >= 2 and delta >= 0, got {num_classes} and {delta}")
+        if not callable(gamma) and not 0 < gamma <= 1:  # also where only "sox" would use it
+            raise ValueError(f"gamma must be in (0, 1], got {gamma}; it weighs the new value")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
         if log_alpha is None:
             log_alpha = math.log(num_classes if method == "scent" else 0.1)
         self.method, self.num_classes, self.log_alpha = method, num_classes, log_alpha

@@ -68,10 +68,10 @@ class KLConstrainedDRO(RobustObjective):
 
     def __init__(
         self,
+        *,
         gamma: float | GammaSchedule = 0.9,
         rho: float = 0.3,
         tau: float = 1.0,
-        *,
         tau_0: float = 0.05,
         tau_lr: float = 0.01,
         tau_beta: float = 0.9,

@@ -59,9 +59,9 @@ class KLDRO(RobustObjective):
 
     def __init__(
         self,
+        *,
         gamma: float | GammaSchedule = 0.9,
         tau: float = 0.5,
-        *,
         log_alpha: float | None = None,
         multiplier: float = 1.0,
         state_dtype: torch.dtype = torch.float32,

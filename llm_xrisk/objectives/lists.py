@@ -22,7 +22,8 @@ class ListRows:
     over the list; a plain mean has not, since the anchor's own row is always in it.
 
     Args:
-        beside: (Q, 2) relevant and irrelevant items of each list beside a relevant one.
+        counts: (Q, 4) relevant and irrelevant items of each list beside a relevant one, all its
+            items, and the relevant ones.
         relevant: (B,) booleans.
         ids: (B,) items; rows of one item share what it stands for.
         query: (B,) queries.
@@ -33,50 +34,65 @@ class ListRows:
         query: (A,) their queries.
         others: (A, B) weight 1 for rows of other items of the anchor's list, else 0.
         kinds: (2, B) relevant rows and the rest, each item of weight 1.
+        alone: Whether each item is known to have one row.
         factors: (A, 2) how many items a row of each kind stands for.
         own: (A,) what the anchor stands for: 1, or all relevant items where no other is drawn.
         part: (A,) the anchor's share of the relevant items that are drawn of its list.
         items, relevant: (A,) size and number of relevant items of the anchor's list.
         usable: (A,) whether the batch can stand for the anchor's list: it has irrelevant rows of
-            it, or there are none. Rows that are not relevant are not usable.
+            it, or there are none. Rows that are not relevant are not usable. None where all are.
 
     Example:
-        >>> beside = torch.tensor([[2.0, 2.0]])                        # 3 of 5 are relevant
+        >>> counts = torch.tensor([[2, 2, 5, 3]])                      # 3 of 5 are relevant
         >>> relevant, query = torch.tensor([True, True, False]), torch.zeros(3, dtype=torch.long)
-        >>> ListRows(beside, relevant, torch.arange(3), query, torch.float32).factors
+        >>> ListRows(counts, relevant, torch.arange(3), query, torch.float32).factors
         tensor([[2., 2.],
                 [2., 2.]])
     """
 
     def __init__(
         self,
-        beside: Tensor,
+        counts: Tensor,
         relevant: Tensor,
         ids: Tensor,
         query: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        first = relevant.to(dtype)
-        self.kinds, self.rows = torch.stack([first, 1 - first]), rows_of(relevant)
-        self.query = query[self.rows]
-        self.others = (query == self.query[:, None]).to(dtype)
-        if distinct(ids):
-            self.others.scatter_(1, self.rows[:, None], 0.0)
+        self.rows, self.alone = rows_of(relevant), distinct(ids)
+        self.kinds = torch.stack((relevant, ~relevant)).to(dtype)
+        self.query = query.index_select(0, self.rows)
+        self.others = (query == self.query.unsqueeze(1)).to(dtype)
+        if self.alone:
+            self.others.scatter_(1, self.rows.unsqueeze(1), 0.0)
         else:
             self.others.sub_((ids == ids[self.rows][:, None]).to(dtype))
-            self.kinds.div_(group_sum(torch.ones_like(first), slots(ids)))
-        drawn, left = self.others @ self.kinds.T, beside[self.query].to(dtype)
+            self.kinds.div_(group_sum(torch.ones_like(self.kinds[0]), slots(ids)))
+        drawn, known = self.others @ self.kinds.T, counts.index_select(0, self.query).to(dtype)
+        left, (mates, rest) = known.narrow(1, 0, 2), drawn.unbind(1)
+        _, missing, self.items, self.relevant = known.unbind(1)
         self.factors = left / drawn.clamp(min=1)
-        self.items, mates = left.sum(-1) + 1, left[:, 0]
-        self.relevant = mates + 1
-        self.own = 1 + mates * (drawn[:, 0] == 0)
-        self.part = self.kinds[0, self.rows] / (1 + drawn[:, 0])
-        self.usable = relevant[self.rows] & ((drawn[:, 1] > 0) | (left[:, 1] == 0))
+        self.own = torch.where(mates == 0, self.relevant, 1.0)
+        part = (1 + mates).reciprocal_()
+        self.part = part if self.alone else part * self.kinds[0, self.rows]
+        usable = rest >= missing.clamp(max=1)
+        if readable(usable):  # then the rows are the anchors
+            self.usable = None if bool(usable.all()) else usable
+        else:
+            self.usable = usable & relevant[self.rows]
 
-    def with_own(self) -> Tensor:
-        """(A, B) what each row of the anchor's list stands for, the anchor's own included."""
-        weight = (self.factors @ self.kinds).mul_(self.others)
-        return weight.scatter_(1, self.rows[:, None], self.own[:, None])
+    def shares(self) -> Tensor:
+        """(A, B) share of each row in the mean over the anchor's list, but for the anchor's own."""
+        return ((self.factors / self.items.unsqueeze(1)) @ self.kinds).mul_(self.others)
+
+    def shares_with_own(self) -> Tensor:
+        """(A, B) the same with the anchor's own."""
+        return self.shares().scatter_(
+            1, self.rows.unsqueeze(1), (self.own / self.items).unsqueeze(1)
+        )
+
+    def usable_and(self, condition: Tensor) -> Tensor:
+        """(A,) anchors that are usable and meet a condition."""
+        return condition if self.usable is None else self.usable & condition
 
 
 class ListObjective(Objective):
@@ -98,7 +114,7 @@ class ListObjective(Objective):
     binary_targets = False
     num_items: Tensor
     num_relevant: Tensor
-    beside: Tensor
+    counts: Tensor
 
     def __init__(self, num_items: Tensor, num_relevant: Tensor, average: Average) -> None:
         super().__init__()
@@ -117,8 +133,9 @@ class ListObjective(Objective):
         self.register_buffer("num_relevant", num_relevant.clone(), persistent=False)
         # rows that are no anchors get a number too, where finding the anchors would wait
         mates = (num_relevant - 1).clamp(min=0)
-        beside = torch.stack([mates, (num_items - 1 - mates).clamp(min=0)], -1)
-        self.register_buffer("beside", beside, persistent=False)
+        beside = mates, (num_items - 1 - mates).clamp(min=0)
+        counts = torch.stack([*beside, num_items, num_relevant], -1)
+        self.register_buffer("counts", counts, persistent=False)
 
     def joined_lists(
         self, scores: Tensor, targets: Tensor, index: Tensor | None, query: Tensor | None
@@ -131,7 +148,7 @@ class ListObjective(Objective):
             )
         query = query.long()
         count, read = len(self.num_items), readable(query) and query.numel() > 0
-        low, high = (int(query.min()), int(query.max())) if read else (0, 0)
+        low, high = (int(end) for end in torch.aminmax(query)) if read else (0, 0)
         if low < 0 or high >= count:
             raise IndexError(
                 f"query ids {low} to {high} are out of range for {count} queries; number them "
@@ -153,7 +170,7 @@ class ListObjective(Objective):
 
     def list_rows(self, scores: Tensor, targets: Tensor, ids: Tensor, query: Tensor) -> ListRows:
         """The rows as parts of their lists."""
-        return ListRows(self.beside, targets > 0, ids, query, scores.dtype)
+        return ListRows(self.counts, targets > 0, ids, query, scores.dtype)
 
     def item_shares(
         self, targets: Tensor, ids: Tensor, query: Tensor, dtype: torch.dtype
@@ -171,19 +188,22 @@ class ListObjective(Objective):
         """Mean of the anchors' ``values`` (A,), see ``average``; 0 where none is usable."""
         if self.average == "pairs":
             return masked_mean(values, lists.usable)
-        part = lists.part * lists.usable  # sums to 1 over each list
-        whole = values.masked_fill(~lists.usable, 0.0)
-        return whole @ (part * lists.relevant) / part.sum().clamp(min=1)
+        part = lists.part  # sums to 1 over each list
+        if lists.usable is not None:
+            part = part * lists.usable
+            values = values.masked_fill(~lists.usable, 0.0)
+        return values @ (part * lists.relevant) / part.sum().clamp(min=1)
 
-    @torch.no_grad()
     def list_metrics(self, loss: Tensor, targets: Tensor, lists: ListRows) -> dict[str, Tensor]:
         """What the objectives of lists have in common to log."""
         relevant = (targets > 0).to(loss.dtype)
+        some = lists.usable
+        usable = loss.new_tensor(len(lists.rows)) if some is None else some.sum()
         return {
             "objective": loss.detach(),
             "relevant": relevant.mean(),
-            "relevant/usable": lists.usable.sum() / relevant.sum(),
-            "skipped": (~lists.usable.any()).to(loss.dtype),
+            "relevant/usable": usable / relevant.sum(),
+            "skipped": (usable == 0).to(loss.dtype),
         }
 
 

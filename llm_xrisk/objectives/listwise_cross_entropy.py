@@ -1,11 +1,15 @@
 """Listwise cross-entropy (the warm-up of section 6.4.4, eq. 2.47)."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
+from llm_xrisk.fcco.keyed import Keys
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.base import ObjectiveOutput, later
+from llm_xrisk.objectives.list_statistics import check_statistics, ranking_statistics
 from llm_xrisk.objectives.lists import Average, ListObjective, ListRows
 from llm_xrisk.objectives.pairs import differences, logsumexp, with_pair_gradient
 from llm_xrisk.objectives.reductions import observed_mean
@@ -23,7 +27,8 @@ class ListwiseCrossEntropy(ListObjective):
 
     Args:
         num_samples: n, the number of (query, item) pairs the index counts.
-        num_items: (Q,) N_q; this and the next are the first two of ``ranking_statistics``.
+        num_items: (Q,) N_q; this and the next are the first two of ``ranking_statistics``, which
+            :meth:`from_data` takes itself.
         num_relevant: (Q,) relevant items of each query.
         gamma: Weight of the new mini-batch value in (0, 1]; 0.1 in the authors' recipes.
         tau: Temperature > 0; the book has 1.
@@ -63,17 +68,31 @@ class ListwiseCrossEntropy(ListObjective):
         num_samples: int,
         num_items: Tensor,
         num_relevant: Tensor,
+        *,
         gamma: float | GammaSchedule = 0.1,
         tau: float = 1.0,
-        *,
         average: Average = "queries",
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_statistics(num_items, num_relevant)
         super().__init__(num_items, num_relevant, average)
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}: pass len(data)")
         if tau <= 0:
             raise ValueError(f"tau must be positive, got {tau}; the book has 1.0")
         self.tau, self.num_samples = tau, num_samples
         self.inner = InnerEstimator(len(num_items), gamma, log=True, state_dtype=state_dtype)
+
+    @classmethod
+    def from_data(cls, targets: Tensor, query: Tensor, **options: Any) -> Self:
+        """The objective of all (query, item) pairs of the data, which the index numbers in order.
+
+        Args:
+            targets: (n,) graded relevance of every pair; up to 0 is irrelevant.
+            query: (n,) query ids from 0 to Q - 1.
+            **options: Further arguments of the class.
+        """
+        return cls(len(targets), *ranking_statistics(targets, query)[:2], **options)
 
     def forward(
         self,
@@ -85,34 +104,44 @@ class ListwiseCrossEntropy(ListObjective):
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
         scores, targets, _, _, lists = self.joined_lists(scores, targets, index, query)
-        log_u = self.inner(self._log_inner_values(scores, lists), lists.query, where=lists.usable)
-        loss = self.outer_mean(self._surprise(scores, targets, log_u, lists), lists)
-        metrics = self.list_metrics(loss, targets, lists)
-        metrics["log_u/mean"] = observed_mean(log_u.detach(), lists.usable)
-        return ObjectiveOutput(loss, metrics)
+        log_g, own = self._log_inner_values(scores, lists)
+        keys = Keys(lists.query, len(self.num_items))
+        log_u = self.inner(log_g, keys, where=lists.usable)
+        loss = self.outer_mean(self._surprise(own, targets, log_u, lists), lists)
+
+        def metrics() -> dict[str, Tensor]:
+            mean = observed_mean(log_u, lists.usable)
+            return self.list_metrics(loss, targets, lists) | {"log_u/mean": mean}
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(
         self, scores: Tensor, targets: Tensor, *, query: Tensor, index: Tensor | None = None
     ) -> Tensor:
         """(2.47) of the given rows, without state; of the objective for full lists."""
         scores, lists = self.full_lists(scores, targets, query, index)
-        log_g = self._log_inner_values(scores, lists)
-        return self.outer_mean(self._surprise(scores, targets, log_g, lists), lists)
+        log_g, own = self._log_inner_values(scores, lists)
+        return self.outer_mean(self._surprise(own, targets, log_g, lists), lists)
 
-    def _log_inner_values(self, scores: Tensor, lists: ListRows) -> Tensor:
-        """Log of the mean of exp(s_j / tau) over its list as each anchor sees it, (A,)."""
+    def _log_inner_values(self, scores: Tensor, lists: ListRows) -> tuple[Tensor, Tensor]:
+        """Log of the mean of exp(s_j / tau) over its list as each anchor sees it, (A,).
+
+        And what the anchor's own s_i / tau exceeds the log of the list's size by, (A,).
+        """
         rows, fixed = lists.rows, scores.detach() / self.tau
         # others: 0 or the lowest number, and log of how many items each row stands for
         exponent = lists.others.sub_(1).mul_(torch.finfo(fixed.dtype).max)
         standing = lists.factors.clamp(min=torch.finfo(fixed.dtype).tiny).log()
-        exponent.addmm_(standing, (lists.kinds > 0).to(fixed.dtype))
-        exponent.add_(differences(fixed + lists.kinds.sum(0).log(), fixed[rows]))
-        exponent.scatter_(1, rows[:, None], lists.own.log()[:, None])
+        single = lists.kinds if lists.alone else (lists.kinds > 0).to(fixed.dtype)
+        exponent.addmm_(standing, single)
+        beside = fixed if lists.alone else fixed + lists.kinds.sum(0).log()
+        exponent.add_(differences(beside, fixed.index_select(0, rows)))
+        exponent.scatter_(1, rows.unsqueeze(1), lists.own.log().unsqueeze(1))
         log_sum, share = logsumexp(exponent)
-        ahead = with_pair_gradient(scores, rows, log_sum, share.div_(self.tau))
-        return ahead + scores[rows] / self.tau - lists.items.log()
+        ahead = with_pair_gradient(scores, rows, log_sum, share, scale=1 / self.tau)
+        own = scores.index_select(0, rows) / self.tau - lists.items.log()
+        return ahead + own, own
 
-    def _surprise(self, scores: Tensor, targets: Tensor, log_u: Tensor, lists: ListRows) -> Tensor:
+    def _surprise(self, own: Tensor, targets: Tensor, log_u: Tensor, lists: ListRows) -> Tensor:
         """-y log softmax of each anchor, over the size of its list."""
-        items, rows = lists.items, lists.rows
-        return targets[rows] * (log_u + items.log() - scores[rows] / self.tau) / items
+        return targets.index_select(0, lists.rows) * (log_u - own) / lists.items

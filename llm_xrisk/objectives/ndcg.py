@@ -1,48 +1,23 @@
 """Normalised discounted cumulative gain (section 6.4.4)."""
 
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.base import ObjectiveOutput, later
+from llm_xrisk.objectives.list_statistics import (
+    check_ideal,
+    check_statistics,
+    ranking_statistics,
+)
 from llm_xrisk.objectives.lists import Average, ListObjective, ListRows
 from llm_xrisk.objectives.pairs import differences, with_pair_gradient
 from llm_xrisk.objectives.reductions import observed_mean
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
-
-
-def ranking_statistics(
-    targets: Tensor, query: Tensor, *, top_k: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Size, number of relevant items and ideal DCG of the list of each query, from all the data.
-
-    Args:
-        targets: (n,) graded relevance of every (query, item) pair; up to 0 is irrelevant.
-        query: (n,) query ids from 0 to Q - 1.
-        top_k: K for the ideal DCG of the first K positions; all positions by default.
-
-    Returns:
-        N_q (Q,), n_q (Q,) and, with gains 2^y - 1 and discounts log2(1 + position), Z_q (Q,).
-
-    Example:
-        >>> ranking_statistics(torch.tensor([1, 0, 2]), torch.tensor([0, 0, 1]))
-        (tensor([2, 1]), tensor([1, 1]), tensor([1., 3.], dtype=torch.float64))
-    """
-    count = int(query.max()) + 1
-    num_items = torch.bincount(query, minlength=count)
-    num_relevant = torch.bincount(query[targets > 0], minlength=count)
-    gain = torch.exp2(targets.double().clamp(min=0)) - 1
-    order = torch.argsort(gain, descending=True)
-    order = order[torch.argsort(query[order], stable=True)]
-    start = num_items.cumsum(0) - num_items
-    place = torch.arange(len(order), device=query.device) - start[query[order]]
-    share = gain[order] / torch.log2(place.double() + 2)
-    if top_k is not None:
-        share = share * (place < top_k)
-    return num_items, num_relevant, share.new_zeros(count).index_add(0, query[order], share)
 
 
 class NDCG(ListObjective):
@@ -59,7 +34,8 @@ class NDCG(ListObjective):
 
     Args:
         num_samples: n, the number of (query, item) pairs the index counts.
-        num_items: (Q,) N_q; this and the next two are what :func:`ranking_statistics` returns.
+        num_items: (Q,) N_q; this and the next two are what :func:`ranking_statistics` returns, and
+            :meth:`from_data` takes.
         num_relevant: (Q,) relevant items of each query.
         ideal_dcg: (Q,) Z_q.
         gamma: Weight of the new mini-batch value in (0, 1]; 0.1 in the authors' recipes.
@@ -99,6 +75,7 @@ class NDCG(ListObjective):
     """
 
     ideal_dcg: Tensor
+    _places: int | None = None
 
     def __init__(
         self,
@@ -106,12 +83,13 @@ class NDCG(ListObjective):
         num_items: Tensor,
         num_relevant: Tensor,
         ideal_dcg: Tensor,
-        gamma: float | GammaSchedule = 0.1,
         *,
+        gamma: float | GammaSchedule = 0.1,
         surrogate: Surrogate = SQUARED_HINGE,
         average: Average = "queries",
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
+        check_statistics(num_items, num_relevant)
         super().__init__(num_items, num_relevant, average)
         self.self_pair = float(surrogate(torch.zeros(())))
         if self.self_pair < 1:
@@ -119,12 +97,27 @@ class NDCG(ListObjective):
                 f"the surrogate must be at least 1 at 0, got {self.self_pair:.4g}: N_q g stands "
                 "for a rank, which the item's own pair makes 1; SquaredHinge(1.0) is"
             )
-        if ideal_dcg.shape != num_items.shape or bool((ideal_dcg[num_relevant > 0] <= 0).any()):
-            raise ValueError("ideal_dcg must be positive for each query that has a relevant item")
+        check_ideal(ideal_dcg, num_relevant, self._places)
         self.surrogate, self.num_samples = surrogate, num_samples
         ideal = torch.where(ideal_dcg > 0, ideal_dcg, 1.0)  # of no account, and no division by 0
         self.register_buffer("ideal_dcg", ideal.to(state_dtype), persistent=False)
         self.inner = InnerEstimator(num_samples, gamma, state_dtype=state_dtype)
+
+    @classmethod
+    def from_data(cls, targets: Tensor, query: Tensor, **options: Any) -> Self:
+        """The objective of all (query, item) pairs of the data, which the index numbers in order.
+
+        Args:
+            targets: (n,) graded relevance of every pair; up to 0 is irrelevant.
+            query: (n,) query ids from 0 to Q - 1.
+            **options: Further arguments of the class.
+
+        Example:
+            >>> NDCG.from_data(torch.tensor([1, 0, 2]), torch.tensor([0, 0, 1])).num_samples
+            3
+        """
+        found = ranking_statistics(targets, query, top_k=options.get("top_k"))
+        return cls(len(targets), *found, **options)
 
     def forward(
         self,
@@ -136,11 +129,14 @@ class NDCG(ListObjective):
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
         scores, targets, ids, _, lists = self.joined_lists(scores, targets, index, query)
-        u = self.inner(self.inner_values(scores, lists), ids[lists.rows], where=lists.usable)
+        u = self.tracked(scores, ids, lists)
         loss = -self.outer_mean(self.gains(u, targets, lists), lists)
-        metrics = self.list_metrics(loss, targets, lists)
-        metrics["rank/mean"] = observed_mean((lists.items * u).detach(), lists.usable)
-        return ObjectiveOutput(loss, metrics)
+
+        def metrics() -> dict[str, Tensor]:
+            rank = observed_mean(lists.items * u, lists.usable)
+            return self.list_metrics(loss, targets, lists) | {"rank/mean": rank}
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(
         self, scores: Tensor, targets: Tensor, *, query: Tensor, index: Tensor | None = None
@@ -149,17 +145,21 @@ class NDCG(ListObjective):
         scores, lists = self.full_lists(scores, targets, query, index)
         return -self.outer_mean(self.gains(self.inner_values(scores, lists), targets, lists), lists)
 
+    def tracked(self, scores: Tensor, ids: Tensor, lists: ListRows) -> Tensor:
+        """The average u of each anchor, (A,), after its update."""
+        keys = self.keys(ids.index_select(0, lists.rows))
+        return self.inner(self.inner_values(scores, lists), keys, where=lists.usable)
+
     def inner_values(self, scores: Tensor, lists: ListRows) -> Tensor:
         """Mean g of l(s_j - s_i) over the list of each anchor, (A,)."""
-        fixed, rows = scores.detach(), lists.rows
-        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed[rows]))
-        sums = pairwise.mul_(lists.others) @ lists.kinds.T
-        sums = with_pair_gradient(scores, rows, sums, lists.others * slope, lists.kinds)
-        shares = lists.factors / lists.items[:, None]
-        return (sums * shares).sum(-1) + lists.own * self.self_pair / lists.items
+        fixed, rows, share = scores.detach(), lists.rows, lists.shares()
+        pairwise, slope = self.surrogate.with_slope(differences(fixed, fixed.index_select(0, rows)))
+        value = pairwise.mul_(share).sum(-1)
+        value = with_pair_gradient(scores, rows, value, share.mul_(slope))
+        return value + lists.own * self.self_pair / lists.items
 
     def gains(self, u: Tensor, targets: Tensor, lists: ListRows) -> Tensor:
         """(2^y - 1) / (Z_q log2(N_q u + 1)) of each anchor, -f of (6.35)."""
-        gain = torch.exp2(targets[lists.rows].to(u.dtype)) - 1
-        scaled = math.log(2) * gain / self.ideal_dcg[lists.query].to(u.dtype)
+        gain = torch.exp2(targets.index_select(0, lists.rows).to(u.dtype)) - 1
+        scaled = math.log(2) * gain / self.ideal_dcg.index_select(0, lists.query).to(u.dtype)
         return scaled / torch.log1p(lists.items * u)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.groups import readable
+from llm_xrisk.fcco.keyed import Keys
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import ObjectiveOutput
+from llm_xrisk.objectives.base import ObjectiveOutput, later
 from llm_xrisk.objectives.lists import Average, ListRows
 from llm_xrisk.objectives.ndcg import NDCG
 from llm_xrisk.objectives.reductions import observed_mean
@@ -38,7 +39,8 @@ class TopKNDCG(NDCG):
 
     Args:
         num_samples: n, the number of (query, item) pairs the index counts.
-        num_items: (Q,) N_q; this and the next two are ``ranking_statistics(..., top_k=K)``.
+        num_items: (Q,) N_q; this and the next two are ``ranking_statistics(..., top_k=K)``, which
+            ``TopKNDCG.from_data(targets, query, top_k=K)`` takes itself.
         num_relevant: (Q,) relevant items of each query.
         ideal_dcg: (Q,) Z_q of the first K places.
         gamma: Weight of the new mini-batch value in (0, 1]; 0.1 in the authors' recipes.
@@ -68,8 +70,8 @@ class TopKNDCG(NDCG):
     is 1. In ``eval()`` lambda is that of the batch.
 
     Raises:
-        ValueError: as NDCG; K < 1, an unknown approach or gradient, alpha, tau1 or tau2 <= 0, or
-            eps outside (0, 1).
+        ValueError: as NDCG; K < 1, the ideal DCG of another K, an unknown approach or gradient,
+            alpha, lr, tau1 or tau2 <= 0, eps outside (0, 1), or gamma_hessian outside (0, 1].
 
     Example:
         >>> lists = torch.tensor([3]), torch.tensor([1]), torch.tensor([1.0])    # N, n, ideal DCG
@@ -90,8 +92,8 @@ class TopKNDCG(NDCG):
         num_items: Tensor,
         num_relevant: Tensor,
         ideal_dcg: Tensor,
-        gamma: float | GammaSchedule = 0.1,
         *,
+        gamma: float | GammaSchedule = 0.1,
         top_k: int,
         approach: Literal["bilevel", "product"] = "bilevel",
         gradient: Literal["practical", "theoretical"] = "practical",
@@ -105,25 +107,27 @@ class TopKNDCG(NDCG):
         average: Average = "queries",
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        lists = num_items, num_relevant, ideal_dcg
-        super().__init__(
-            num_samples,
-            *lists,
-            gamma,
-            surrogate=surrogate,
-            average=average,
-            state_dtype=state_dtype,
-        )
         if approach not in ("bilevel", "product") or gradient not in ("practical", "theoretical"):
             raise ValueError(
                 f"need approach 'bilevel' or 'product' and gradient 'practical' or 'theoretical', "
                 f"got {approach!r} and {gradient!r}"
             )
-        if top_k < 1 or not 0 < eps < 1 or min(alpha, tau1, tau2) <= 0:
+        within = top_k >= 1 and 0 < eps < 1 and 0 < gamma_hessian <= 1
+        if not within or min(alpha, lr, tau1, tau2) <= 0:
             raise ValueError(
-                f"need top_k >= 1, eps in (0, 1) and alpha, tau1, tau2 > 0, got top_k={top_k}, "
-                f"eps={eps}, alpha={alpha}, tau1={tau1}, tau2={tau2}"
+                "need top_k >= 1, eps in (0, 1), gamma_hessian in (0, 1] and alpha, lr, tau1, tau2 "
+                f"> 0, got {top_k}, {eps}, {gamma_hessian}, {alpha}, {lr}, {tau1} and {tau2}"
             )
+        self._places = top_k  # whose ideal gains NDCG asks for
+        lists = num_items, num_relevant, ideal_dcg
+        super().__init__(
+            num_samples,
+            *lists,
+            gamma=gamma,
+            surrogate=surrogate,
+            average=average,
+            state_dtype=state_dtype,
+        )
         self.top_k, self.alpha, self.eps, self.tau1, self.tau2 = top_k, alpha, eps, tau1, tau2
         self.implicit, count = gradient == "theoretical", len(num_items)
         if approach == "bilevel":
@@ -143,17 +147,21 @@ class TopKNDCG(NDCG):
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class."""
         scores, targets, ids, own, lists = self.joined_lists(scores, targets, index, query)
-        u = self.inner(self.inner_values(scores, lists), ids[lists.rows], where=lists.usable)
+        u = self.tracked(scores, ids, lists)
         if self.thresholds is None:
             ahead = self.top_k - lists.items * u
         else:
             ahead = self._ahead(self.thresholds, scores, targets, ids, own, lists)
         inside = self._psi(ahead, lists)
         loss = -self.outer_mean(inside * self.gains(u, targets, lists), lists)
-        metrics = self.list_metrics(loss, targets, lists)
-        metrics["rank/mean"] = observed_mean((lists.items * u).detach(), lists.usable)
-        metrics["top_k/share"] = observed_mean(inside.detach(), lists.usable)
-        return ObjectiveOutput(loss, metrics)
+
+        def metrics() -> dict[str, Tensor]:
+            return self.list_metrics(loss, targets, lists) | {
+                "rank/mean": observed_mean(lists.items * u, lists.usable),
+                "top_k/share": observed_mean(inside, lists.usable),
+            }
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(
         self, scores: Tensor, targets: Tensor, *, query: Tensor, index: Tensor | None = None
@@ -187,11 +195,14 @@ class TopKNDCG(NDCG):
         lists: ListRows,
     ) -> Tensor:
         """S - lambda of each anchor (A,) after lambda's step, with the gradient asked for."""
-        fixed, longer = scores.detach(), lists.usable & (lists.items > self.top_k)
-        weight = lists.with_own().div_(lists.items[:, None])
-        place = old = thresholds(query).to(fixed.dtype)
-        known = thresholds.visited[lists.query] | ~longer
-        if not (self.training and readable(query) and bool(known.all())):
+        fixed, longer = scores.detach(), lists.usable_and(lists.items > self.top_k)
+        keys, own = Keys(query, len(thresholds.value)), Keys(lists.query, len(thresholds.value))
+        weight = lists.shares_with_own()
+        place = old = thresholds(keys).to(fixed.dtype)
+        known = thresholds.known(own) | ~longer
+        if readable(query) and bool(known.all()):
+            known = None
+        if known is not None or not self.training:
             place = self._solved(fixed, targets, ids, query)
         if self.training:
             level = (self.top_k + self.eps) / lists.items
@@ -200,9 +211,12 @@ class TopKNDCG(NDCG):
                 level = level + self.tau2 * old[lists.rows]
             else:
                 above = (fixed > old).to(fixed.dtype)
-            thresholds.advance(place[lists.rows], level - weight @ above, lists.query, longer)
-            place = thresholds(query).to(fixed.dtype)
-        ahead = (fixed - place)[lists.rows]
+            slope = level - weight @ above
+            if known is not None:
+                thresholds.begin(place[lists.rows], own, longer & ~known)
+            thresholds.step(slope, own, where=longer if known is None else longer & known)
+            place = thresholds(keys).to(fixed.dtype)
+        ahead = (fixed - place).index_select(0, lists.rows)
         return ahead + self._rise(scores, place, weight, lists, longer) if self.implicit else ahead
 
     def _rise(

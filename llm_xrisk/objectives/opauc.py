@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import PerSampleDual
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.fcco.keyed import Keys
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
 from llm_xrisk.objectives.pairs import Pairs
 from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
@@ -66,8 +67,8 @@ class OPAUC(Objective):
     def __init__(
         self,
         num_samples: int,
-        max_fpr: float = 0.3,
         *,
+        max_fpr: float = 0.3,
         nu_lr: float = 0.1,
         surrogate: Surrogate = SQUARED_HINGE,
         num_labels: int | None = None,
@@ -90,9 +91,9 @@ class OPAUC(Objective):
         """Return the objective of the joined rows; see the class."""
         scores, targets, ids = self.joined(scores, targets, index)
         pairs = Pairs(scores, targets > 0.5)
-        keys, anchors = pairs.keys(ids), pairs.contrasted
+        keys, anchors = pairs.keys(self.keys(ids)), pairs.contrasted
         if not self.training:  # ids of another data set; only metrics read the duals then
-            keys = torch.zeros_like(keys)
+            keys = Keys(torch.zeros_like(keys.index))
         nu = self.nu(keys)
         excess, share = mean_above(pairs, self.surrogate, nu)
         if self.training:
@@ -100,14 +101,16 @@ class OPAUC(Objective):
             self.nu.step(self.max_fpr - share, keys, anchors)  # line 6
         else:
             loss = self._tail(pairs)
-        with torch.no_grad():
-            metrics = {
+
+        def metrics() -> dict[str, Tensor]:
+            return {
                 "objective": loss.detach(),
                 "nu/mean": observed_mean(nu, anchors),
                 "negatives/selected": observed_mean(share, anchors),
                 "skipped": pairs.skipped(anchors),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.26) of the given rows at their best nu, without state."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
 from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
 from llm_xrisk.objectives.reductions import observed_max, observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
@@ -55,9 +55,9 @@ class OPAUCSoft(Objective):
     def __init__(
         self,
         num_samples: int,
+        *,
         gamma: float | GammaSchedule = 0.9,
         tau: float = 1.0,
-        *,
         surrogate: Surrogate = SQUARED_HINGE,
         num_labels: int | None = None,
         state_dtype: torch.dtype = torch.float32,
@@ -82,17 +82,19 @@ class OPAUCSoft(Objective):
         scores, targets, ids = self.joined(scores, targets, index)
         pairs = Pairs(scores, targets > 0.5)
         inner, anchors = SoftMean(pairs, self.surrogate, self.tau), pairs.contrasted
-        log_u = inner.tracked(self.inner(inner.log_g, pairs.keys(ids), where=anchors))
+        log_u = inner.tracked(self.inner(inner.log_g, pairs.keys(self.keys(ids)), where=anchors))
         loss = self.tau * pairs.mean(log_u, anchors)
-        with torch.no_grad():
-            metrics = {
+
+        def metrics() -> dict[str, Tensor]:
+            return {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
-                "negatives/effective_fraction": observed_mean(inner.fraction, anchors),
+                "negatives/effective_fraction": observed_mean(inner.fraction(), anchors),
                 "skipped": pairs.skipped(anchors),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.28) of the given rows, without state."""
@@ -112,32 +114,27 @@ class SoftMean:
 
     Attributes:
         log_g: (A,)
-        fraction: (A,) the effective number of negatives in it, as a fraction of theirs.
     """
 
     def __init__(self, pairs: Pairs, surrogate: Surrogate, tau: float) -> None:
-        self._pairs, self._tau = pairs, tau
+        self._pairs, self._tau, self._count = pairs, tau, pairs.counts()
         pairwise, slope = surrogate.with_slope(pairs.gap)
-        count = pairs.num_negatives()
-        self.log_g, share = logmeanexp(pairwise, pairs.negatives, tau, count)
-        self.fraction = effective_fraction(share, count)
-        self._slope = share.mul_(slope)
+        self.log_g, self._share = logmeanexp(pairwise, pairs.weight, tau, self._count)
+        self._slope = self._share * slope
+
+    def fraction(self) -> Tensor:
+        """(A,) the effective number of negatives in it, as a fraction of theirs."""
+        return effective_fraction(self._share, self._count)
 
     def tracked(self, log_u: Tensor) -> Tensor:
-        """Give ``log_u`` (A,) its gradient, the mean of exp(l_ij / tau) / u_i grad l_ij / tau.
-
-        To be called once: the matrix of slopes is overwritten.
-        """
+        """Give ``log_u`` (A,) its gradient, the mean of exp(l_ij / tau) / u_i grad l_ij / tau."""
         rate = torch.exp(self.log_g - log_u).div_(self._tau)  # of log u in log g
-        return self._pairs.attach(log_u, self._slope.mul_(rate[:, None]))
+        return self._pairs.attach(log_u, self._slope, scale=rate)
 
     def weighted(self, value: Tensor, log_u: Tensor, weight: Tensor) -> Tensor:
-        """Give ``value`` () the gradient of the sum of ``weight`` (A,) times ``log_u`` (A,).
-
-        As :meth:`tracked`, to be called once.
-        """
+        """Give ``value`` () the gradient of the sum of ``weight`` (A,) times ``log_u`` (A,)."""
         rows = max(len(log_u), 1)
         rate = torch.exp(self.log_g - log_u).mul_(weight).div_(self._tau)
         own = (value / rows).expand(len(log_u))
-        found = self._pairs.attach(own, self._slope.mul_(rate[:, None])).sum()
+        found = self._pairs.attach(own, self._slope, scale=rate).sum()
         return found if len(log_u) else found + value

@@ -14,21 +14,26 @@ def with_pair_gradient(
     slope: Tensor,
     columns: Tensor | None = None,
     label: Tensor | None = None,
+    others: Tensor | None = None,
+    scale: Tensor | float = 1.0,
 ) -> Tensor:
     """Give ``value``, computed without graph, its gradient in the scores of all pairs.
 
-    Entry i of ``value`` changes with s_j - s_rows[i] by slope_ij; with ``columns``, entry (i, k)
-    by slope_ij columns_kj. The backward pass is two products of ``slope`` with a vector (for
-    each k); no other matrix is made or kept. With ``label`` (A,) the scores are (R, L) and the
-    pairs of anchor i are those in its column.
+    Entry i of ``value`` changes with s_j - s_rows[i] by scale_i slope_ij; with ``columns``, entry
+    (i, k) by slope_ij columns_kj. The backward pass is two products of ``slope`` with a vector
+    (for each k); no other matrix is made or kept. With ``label`` (A,) the scores are (R, L) and
+    the pairs of anchor i are those in its column. With ``others`` (N,) the entries j are these
+    rows, not all.
 
     Args:
         scores: (R,) or (R, L) with gradient.
         rows: (A,) the anchors' rows.
         value: (A,), or (A, K) with columns.
-        slope: (A, R).
+        slope: (A, R), or (A, N) with others.
         columns: (K, R), with labels (K, A, R); None for one column of ones.
         label: (A,) the anchors' labels, None where there is one.
+        others: (N,) different rows, none of them an anchor's; not with labels.
+        scale: One number, or (A,); not with columns.
 
     Example:
         >>> s, row = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0])
@@ -37,7 +42,8 @@ def with_pair_gradient(
         >>> torch.autograd.grad(value[0], s)
         (tensor([-4.,  4.]),)
     """
-    return cast(Tensor, _PairGradient.apply(scores, rows, label, value, slope, columns))  # pyright: ignore[reportUnknownMemberType]
+    given = (scores, rows, label, value, slope, columns, others, scale)
+    return cast(Tensor, _PairGradient.apply(*given))  # pyright: ignore[reportUnknownMemberType]
 
 
 def with_similarity_gradient(views: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -94,26 +100,35 @@ class _PairGradient(torch.autograd.Function):
         value: Tensor,
         slope: Tensor,
         columns: Tensor | None,
+        others: Tensor | None,
+        scale: Tensor | float,
     ) -> Tensor:
-        ctx.save_for_backward(rows, label, slope, columns)
-        ctx.shape = scores.shape
+        by_row = isinstance(scale, Tensor)
+        ctx.save_for_backward(rows, label, slope, columns, others, scale if by_row else None)
+        ctx.shape, ctx.scale = scores.shape, None if by_row else scale
         return value.clone()
 
     @staticmethod
     @once_differentiable  # the shares depend on the scores, which this gradient does not know
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, label, slope, columns = ctx.saved_tensors
-        grad = grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, label, slope, columns, others, scale = ctx.saved_tensors
+        grad, scale = grads[0], scale if ctx.scale is None else ctx.scale
+        if isinstance(scale, Tensor) or scale != 1:
+            grad = grad * scale
         if label is not None:
             scores = _of_labels(ctx.shape, rows, label, slope, columns, grad)
-            return scores, None, None, None, None, None
-        if columns is None:
-            as_anchor, as_other = grad * slope.sum(-1), grad @ slope
         else:
-            as_anchor = (grad * (slope @ columns.T)).sum(-1)
-            as_other = ((grad.T @ slope) * columns).sum(0)
-        scores = as_other.index_add_(0, rows, as_anchor, alpha=-1)
-        return scores, None, None, None, None, None
+            if columns is None:
+                as_anchor, as_other = grad * slope.sum(-1), grad @ slope
+            else:
+                as_anchor = (grad * (slope @ columns.T)).sum(-1)
+                as_other = ((grad.T @ slope) * columns).sum(0)
+            if others is None:
+                scores = as_other.index_add_(0, rows, as_anchor, alpha=-1)
+            else:
+                scores = grad.new_zeros(ctx.shape).index_copy_(0, others, as_other)
+                scores.index_copy_(0, rows, as_anchor.neg_())
+        return scores, None, None, None, None, None, None, None
 
 
 def _of_labels(

@@ -1,9 +1,8 @@
 """AUC over pairs (section 6.4.1)."""
 
-import torch
 from torch import Tensor
 
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
 from llm_xrisk.objectives.pairs import Pairs
 from llm_xrisk.objectives.reductions import widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
@@ -36,6 +35,7 @@ class PairwiseAUC(Objective):
         ValueError: num_labels < 1, or shapes and labels that do not fit.
 
     Example:
+        >>> import torch
         >>> objective = PairwiseAUC()
         >>> scores, targets = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1, 0, 0])
         >>> objective(scores, targets).loss          # ([1 + 0.5 - 1]^2 + [1 + 0 - 1]^2) / 2
@@ -63,13 +63,15 @@ class PairwiseAUC(Objective):
         pairs = Pairs(scores, targets > 0.5)
         own = tail_mean(pairs, self.surrogate)
         loss = pairs.mean(own, pairs.contrasted)
-        with torch.no_grad():
-            metrics = {
+
+        def metrics() -> dict[str, Tensor]:
+            return {
                 "objective": loss.detach(),
                 "positives": pairs.share(),
                 "skipped": pairs.skipped(pairs.contrasted),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(2.31) of the given rows."""

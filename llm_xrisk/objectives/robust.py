@@ -23,16 +23,12 @@ class RobustObjective(Objective):
     """
 
     binary_targets = False
+    row_advice = 'pass one loss a row: F.cross_entropy(logits, labels, reduction="none")'
 
     def forward(
         self, scores: Tensor, targets: Tensor | None = None, *, index: Tensor | None = None
     ) -> ObjectiveOutput:
         """Return the objective of the joined rows; see the class. ``index`` is not used."""
-        if targets is not None and not targets.is_floating_point():
-            raise ValueError(
-                f"{type(self).__name__} got targets of {targets.dtype}, which look like labels; "
-                "targets are the losses of a reference model: put labels into the losses"
-            )
         rows, reference, _ = self.joined(scores, targets)
         losses = rho_losses(rows, reference)
         if losses.shape[0] == 0:  # a shape: known without waiting, and equal on all ranks
@@ -59,6 +55,20 @@ class RobustObjective(Objective):
         with torch.no_grad():
             value, weights = self.worst_case(losses)
         return with_weights(losses, value, weights)
+
+    def check_shapes(self, **rows: Tensor | None) -> None:
+        """Refuse rows that do not belong together, and labels in the place of losses.
+
+        Raises:
+            ValueError: with what came and what is needed.
+        """
+        super().check_shapes(**rows)
+        targets = rows.get("targets")
+        if targets is not None and not targets.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} got targets of {targets.dtype}, which look like labels; "
+                "targets are the losses of a reference model: put labels into the losses"
+            )
 
     def estimate(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Value () and weights (B,) of a mini-batch at the tracked state, which takes its step."""

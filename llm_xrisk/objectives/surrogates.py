@@ -4,14 +4,18 @@ Each is non-decreasing in ``s``, acts elementwise and knows its slope, so that a
 pairs needs one matrix for its gradient instead of one for every operation of l.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_xrisk.fcco.arguments import fits, shown
 
+
+@runtime_checkable
 class Surrogate(Protocol):
     """A function l and its derivative."""
 
@@ -22,6 +26,12 @@ class Surrogate(Protocol):
     def with_slope(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return l(s) and l'(s), which may be one number where it is constant."""
         ...
+
+
+def _check_number(name: str, value: float, above: float = -math.inf) -> None:
+    if not (fits(value, float) and above < value < math.inf):
+        need = "a finite number" if above < 0 else "a positive number"
+        raise ValueError(f"{name} must be {need}, got {shown(value)}; 1.0 is the default")
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,9 @@ class Hinge:
 
     margin: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_number("margin", self.margin)
+
     def __call__(self, s: Tensor) -> Tensor:
         """Return [margin + s]_+."""
         return F.relu(s + self.margin)
@@ -68,6 +81,9 @@ class SquaredHinge:
 
     margin: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_number("margin", self.margin)
+
     def __call__(self, s: Tensor) -> Tensor:
         """Return [margin + s]_+^2."""
         return F.relu(s + self.margin).square()
@@ -87,6 +103,9 @@ class Squared:
 
     margin: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_number("margin", self.margin)
+
     def __call__(self, s: Tensor) -> Tensor:
         """Return (margin + s)^2."""
         return (s + self.margin).square()
@@ -102,6 +121,9 @@ class Logistic:
     """l(s) = log(1 + exp(s / scale)), without overflow."""
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_number("scale", self.scale, above=0.0)
 
     def __call__(self, s: Tensor) -> Tensor:
         """Return log(1 + exp(s / scale))."""

@@ -45,12 +45,11 @@ def top_share(values: Tensor, among: Tensor, share: float) -> Tensor:
 def tail_mean(pairs: Pairs, surrogate: Surrogate, max_fpr: float = 1.0) -> Tensor:
     """(A,) 1 / n_- times the sum of each anchor's k largest losses, k = max_fpr n_-."""
     pairwise, slope = surrogate.with_slope(pairs.gap)
-    columns = negative_mean(pairs)
-    if max_fpr < 1:
-        highest = top_share(pairs.scores.detach(), ~pairs.positive, max_fpr)
-        columns = columns * pairs.columns_of(highest)
-    value = pairs.sums(pairwise, columns[None])
-    return pairs.attach(value, slope, columns[None])[:, 0]
+    if max_fpr == 1:
+        return pairs.attach_mean(pairs.means(pairwise)[0], slope)
+    highest = top_share(pairs.scores.detach(), ~pairs.positive, max_fpr)
+    columns = (pairs.shares() * pairs.columns_of(highest))[None]
+    return pairs.attach(pairs.sums(pairwise, columns), slope, columns)[:, 0]
 
 
 def mean_above(pairs: Pairs, surrogate: Surrogate, nu: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +67,7 @@ def mean_above(pairs: Pairs, surrogate: Surrogate, nu: Tensor) -> tuple[Tensor, 
         (A,) with the gradient in the scores, the mean of p times that of l, and (A,) without.
     """
     pairwise, slope = surrogate.with_slope(pairs.gap)
-    excess = pairwise.sub(nu[:, None]).relu_()
-    above, columns = excess.sign(), negative_mean(pairs)[None]
-    value, share = pairs.sums(excess, columns), pairs.sums(above, columns)[:, 0]
-    return pairs.attach(value, above.mul_(slope), columns)[:, 0], share
-
-
-def negative_mean(pairs: Pairs) -> Tensor:
-    """Weights of the mean over the negatives of each anchor's label, (R,) or (A, R)."""
-    negatives = pairs.negatives
-    return negatives.div_(negatives.sum(-1, keepdim=True).clamp_(min=1))
+    excess = pairwise.sub(nu.unsqueeze(1)).relu_()
+    above = excess.sign()
+    value, share = pairs.means(excess, above)
+    return pairs.attach_mean(value, above.mul_(slope)), share

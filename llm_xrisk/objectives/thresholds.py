@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import PerSampleDual
-from llm_xrisk.fcco.groups import group_mean, slots
+from llm_xrisk.fcco.groups import group_mean
+from llm_xrisk.fcco.keyed import Keys
 
 
 class Thresholds(PerSampleDual):
@@ -22,14 +23,16 @@ class Thresholds(PerSampleDual):
         super().__init__(num_queries, lr=lr, state_dtype=state_dtype)
         self.register_buffer("visited", torch.zeros(num_queries, dtype=torch.bool))
 
-    @torch.no_grad()
-    def advance(self, start: Tensor, slope: Tensor, query: Tensor, where: Tensor) -> None:
-        """Step by ``slope`` where the query is known, begin at ``start`` where not; by row (A,)."""
-        seen = self.visited[query]
-        self.step(slope, query, where=where & seen)
-        mean, count = group_mean(start.to(self.value.dtype), slots(query), where & ~seen)
-        self.value.index_copy_(0, query, torch.where(count > 0, mean, self.value[query]))
-        self.visited.index_copy_(0, query, seen | (count > 0))
+    def known(self, query: Keys) -> Tensor:
+        """(A,) whether each query was visited before."""
+        return self.visited.index_select(0, query.index)
+
+    def begin(self, start: Tensor, query: Keys, where: Tensor) -> None:
+        """Begin at ``start`` (A,) with the queries of the rows ``where``."""
+        mean, count = group_mean(start.to(self.value.dtype), query.slots, where)
+        first, index = count > 0, query.index
+        self.value.index_copy_(0, index, torch.where(first, mean, self.value[index]))
+        self.visited.index_copy_(0, index, self.visited[index] | first)
 
 
 def upper_quantile(scores: Tensor, weight: Tensor, slot: Tensor, level: Tensor) -> Tensor:

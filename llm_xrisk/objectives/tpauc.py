@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from llm_xrisk.fcco import PerSampleDual
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.fcco.keyed import Keys
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
 from llm_xrisk.objectives.pairs import Pairs
 from llm_xrisk.objectives.reductions import observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
@@ -75,9 +76,9 @@ class TPAUC(Objective):
     def __init__(
         self,
         num_samples: int,
+        *,
         min_tpr: float = 0.3,
         max_fpr: float = 0.3,
-        *,
         nu_lr: float = 0.1,
         y_lr: float = 0.1,
         surrogate: Surrogate = SQUARED_HINGE,
@@ -109,21 +110,22 @@ class TPAUC(Objective):
         """Return the objective of the joined rows; see the class."""
         scores, targets, ids = self.joined(scores, targets, index)
         pairs = Pairs(scores, targets > 0.5)
-        keys, anchors = pairs.keys(ids), pairs.contrasted
+        keys, anchors, labels = pairs.keys(self.keys(ids)), pairs.contrasted, pairs.labels()
         if not self.training:  # ids of another data set; only metrics read the duals then
-            keys = torch.zeros_like(keys)
-        nu, nu_prime = self.nu(keys), pairs.for_anchors(self.nu_prime(pairs.labels()))
+            keys = Keys(torch.zeros_like(keys.index))
+        nu, nu_prime = self.nu(keys), pairs.for_anchors(self.nu_prime(labels))
         excess, share = mean_above(pairs, self.surrogate, nu)  # line 4
         g = excess + self.max_fpr * (nu - nu_prime)
         y = self.y.step(-g.detach(), keys, anchors)  # line 6, ascent
         if self.training:
             loss = pairs.mean(y * g + self.max_fnr * self.max_fpr * nu_prime, anchors)
             self.nu.step(y * (self.max_fpr - share), keys, anchors)  # line 6
-            self._step_nu_prime(pairs, y)  # line 9
+            self._step_nu_prime(pairs, labels, y)  # line 9
         else:
             loss = self._tail(pairs)
-        with torch.no_grad():
-            metrics = {
+
+        def metrics() -> dict[str, Tensor]:
+            return {
                 "objective": loss.detach(),
                 "nu/mean": observed_mean(nu, anchors),
                 "nu_prime/mean": observed_mean(nu_prime, anchors),
@@ -131,14 +133,15 @@ class TPAUC(Objective):
                 "positives/selected": observed_mean(y, anchors),
                 "skipped": pairs.skipped(anchors),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.32) of the given rows at their best duals, without state."""
         self.check_shapes(scores=scores, targets=targets)
         return self._tail(Pairs(widened(scores), targets > 0.5))
 
-    def _step_nu_prime(self, pairs: Pairs, y: Tensor) -> None:
+    def _step_nu_prime(self, pairs: Pairs, labels: Keys, y: Tensor) -> None:
         own = pairs.by_label(pairs.contrasted)
         if own is None and len(y) > 0:
             mean, observed = y.mean()[None], None
@@ -146,7 +149,7 @@ class TPAUC(Objective):
             own = y.new_zeros(pairs.num_labels, len(y)) if own is None else own.to(y.dtype)
             count = own.sum(-1)
             mean, observed = own @ y / count.clamp(min=1), count > 0
-        self.nu_prime.step(self.max_fpr * (self.max_fnr - mean), pairs.labels(), observed)
+        self.nu_prime.step(self.max_fpr * (self.max_fnr - mean), labels, observed)
 
     def _tail(self, pairs: Pairs) -> Tensor:
         lowest = top_share(-pairs.scores.detach(), pairs.positive, self.max_fnr)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
-from llm_xrisk.objectives.base import Objective, ObjectiveOutput
+from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
 from llm_xrisk.objectives.opauc_soft import SoftMean
 from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
 from llm_xrisk.objectives.reductions import masked_mean, observed_max, observed_mean, widened
@@ -69,8 +69,8 @@ class TPAUCSoft(Objective):
     def __init__(
         self,
         num_samples: int,
-        gamma: float | GammaSchedule = 0.9,
         *,
+        gamma: float | GammaSchedule = 0.9,
         outer_gamma: float | GammaSchedule | None = None,
         tau1: float = 1.0,
         tau2: float = 1.0,
@@ -99,21 +99,23 @@ class TPAUCSoft(Objective):
         pairs = Pairs(scores, targets > 0.5)
         anchors = pairs.contrasted
         inner = SoftMean(pairs, self.surrogate, self.tau2)
-        log_u = self.inner(inner.log_g, pairs.keys(ids), where=anchors)  # line 5
+        log_u = self.inner(inner.log_g, pairs.keys(self.keys(ids)), where=anchors)  # line 5
         over = self._over_positives(pairs, log_u)
         log_v = self.outer(over.log_mean, pairs.labels(), over.observed)  # line 8
         loss = self._loss(inner, log_u, log_v, over)
-        with torch.no_grad():
-            metrics = {
+
+        def metrics() -> dict[str, Tensor]:
+            return {
                 "objective": loss.detach(),
                 "log_u/mean": observed_mean(log_u, anchors),
                 "log_u/max": observed_max(log_u, anchors),
                 "log_v/mean": observed_mean(log_v, over.observed),
-                "negatives/effective_fraction": observed_mean(inner.fraction, anchors),
-                "positives/effective_fraction": observed_mean(over.effective, over.observed),
+                "negatives/effective_fraction": observed_mean(inner.fraction(), anchors),
+                "positives/effective_fraction": observed_mean(over.effective(), over.observed),
                 "skipped": pairs.skipped(anchors),
             }
-        return ObjectiveOutput(loss, metrics)
+
+        return ObjectiveOutput(loss, later(metrics))
 
     def exact(self, scores: Tensor, targets: Tensor) -> Tensor:
         """(6.33) of the given rows, without state."""
@@ -131,30 +133,34 @@ class TPAUCSoft(Objective):
         else:
             known = over.observed.to(lag.dtype)
             pull, count = lag * known, known.sum().clamp(min=1)
-        weight = (pull[:, None] * over.share).sum(0).mul_(self.tau2 / count)
+        weight = (pull @ over.share).mul_(self.tau2 / count)
         return inner.weighted(self.tau1 * masked_mean(log_v, over.observed), log_u, weight)
 
     def _over_positives(self, pairs: Pairs, log_u: Tensor) -> "_Positives":
         own, ratio = pairs.by_label(pairs.contrasted), self.tau2 / self.tau1
         if len(log_u) == 0:  # no positive at all, which only a CPU knows
             nothing = log_u.new_zeros(pairs.num_labels)
-            return _Positives(nothing, log_u.new_zeros(len(nothing), 0), nothing > 0, nothing)
+            return _Positives(nothing, log_u.new_zeros(len(nothing), 0), nothing > 0, 0)
         if own is None:
-            count, observed, rows = len(log_u), None, log_u[None]
+            count, observed, rows = len(log_u), None, log_u.unsqueeze(0)
         else:
             count, rows = own.sum(-1), own * log_u
             observed = count > 0
         value, share = logmeanexp(rows, own, 1 / ratio)
-        return _Positives(value, share, observed, effective_fraction(share, count))
+        return _Positives(value, share, observed, count)
 
 
 class _Positives(NamedTuple):
     """Of each label: log of the mean of u^(tau2 / tau1), shares (L, A) in it, whether there is one.
 
-    ``observed`` is None where every label has one; ``effective`` is the fraction that counts.
+    ``observed`` is None where every label has one.
     """
 
     log_mean: Tensor
     share: Tensor
     observed: Tensor | None
-    effective: Tensor
+    size: Tensor | int
+
+    def effective(self) -> Tensor:
+        """(L,) effective number of positives, as a fraction of theirs."""
+        return effective_fraction(self.share, self.size)

@@ -1,6 +1,6 @@
 """Tensors kept beside the parameters of an optimizer, saved in the order of its groups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llm_xrisk.fcco import world_size
+from llm_xrisk.fcco.arguments import shown
 
 
 def groups_of(optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
@@ -62,6 +63,11 @@ class BesideParameters:
             ValueError: tensors of other parameters.
         """
         parameters = self._all()
+        if isinstance(saved, str) or not all(t is None or isinstance(t, Tensor) for t in saved):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"the checkpoint holds no tensors as {self.name}; it must come from state_dict() "
+                "of a run that was saved"
+            )
         got = [None if t is None else tuple(t.shape) for t in saved]
         need = [tuple(p.shape) for p in parameters]
         fits = [g is None or g == n for g, n in zip(got, need, strict=False)]
@@ -80,6 +86,25 @@ class BesideParameters:
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def entries(state: Any, names: Sequence[str], owner: object) -> list[Any]:
+    """The entries of a checkpoint.
+
+    Raises:
+        ValueError: what is no checkpoint of ``owner``.
+
+    Example:
+        >>> entries({"u": 1, "v": 2}, ["v"], owner=None)
+        [2]
+    """
+    if not isinstance(state, Mapping) or not set(names) <= set(cast(Mapping[str, Any], state)):
+        held = sorted(cast(Mapping[str, Any], state)) if isinstance(state, Mapping) else None
+        raise ValueError(
+            f"got {shown(state) if held is None else f'a state with {held}'}; a checkpoint of "
+            f"{type(owner).__name__} has {list(names)}: load what its state_dict() returned"
+        )
+    return [state[name] for name in names]
 
 
 def wide(parameter: Tensor) -> torch.dtype:

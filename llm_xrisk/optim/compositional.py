@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llm_xrisk.optim.beside import BesideParameters, groups_of, mean_over_ranks, wide, widened
+from llm_xrisk.fcco.arguments import checked, shown
+from llm_xrisk.optim.beside import (
+    BesideParameters,
+    entries,
+    groups_of,
+    mean_over_ranks,
+    wide,
+    widened,
+)
 
 
 class CompositionalTraining:
@@ -44,8 +52,10 @@ class CompositionalTraining:
     model are u, and w is not kept.
 
     Raises:
-        ValueError: tau < 0, beta outside (0, 1], an inner loss that reaches no parameter or with
-            ``second_order`` can be differentiated only once, or a checkpoint of other parameters.
+        ValueError: tau < 0, beta outside (0, 1], a loss that reaches no parameter or is no loss,
+            an inner loss that with ``second_order`` can be differentiated only once, or a
+            checkpoint of other parameters.
+        TypeError: losses in the place of functions that return them.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([4.0]))
@@ -59,6 +69,7 @@ class CompositionalTraining:
     Source: book section 6.4.1; Yuan et al., ICLR 2022 (PDSCA).
     """
 
+    @checked
     def __init__(
         self,
         optimizer: Optimizer,
@@ -100,7 +111,7 @@ class CompositionalTraining:
         }
         parameters = list(taus)
         with torch.enable_grad():
-            inner_loss = inner()
+            inner_loss = loss_of("inner", inner)
             slopes = reached(inner_loss, parameters, create_graph=self.second_order)
         if not slopes:
             raise ValueError(
@@ -109,8 +120,13 @@ class CompositionalTraining:
             )
         u = self._next(slopes, taus)
         with weights_at(list(u), list(u.values())), torch.enable_grad():
-            outer_loss = outer()
+            outer_loss = loss_of("outer", outer)
             z = reached(outer_loss, parameters)
+        if not z:
+            raise ValueError(
+                "the outer loss reaches no parameter of the optimizer; return the loss of the same "
+                "model, which runs inside the function"
+            )
         z = dict(zip(z, mean_over_ranks(list(z.values())), strict=True))
         if self.second_order:
             z |= self._through_the_inner_step(slopes, taus, z)
@@ -125,7 +141,8 @@ class CompositionalTraining:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, which is copied and not changed."""
-        self._u.load(state_dict["u"])
+        (u,) = entries(state_dict, ("u",), self)
+        self._u.load(u)
 
     @torch.no_grad()
     def _next(
@@ -160,6 +177,34 @@ class CompositionalTraining:
         return {p: full[p] - product for p, product in zip(slopes, products, strict=True)}
 
 
+def loss_of(name: str, function: Callable[[], Any]) -> Tensor:
+    """The loss that a function returns.
+
+    Raises:
+        TypeError: what is no function.
+        ValueError: what is no loss to differentiate.
+
+    Example:
+        >>> loss_of("inner", lambda: torch.ones((), requires_grad=True))
+        tensor(1., requires_grad=True)
+    """
+    if not callable(function):
+        raise TypeError(
+            f"{name} must be a function that runs the model and returns a loss, got "
+            f"{shown(function)}; the outer one runs at other weights: pass lambda: loss(model(x))"
+        )
+    loss = function()
+    if not isinstance(loss, Tensor):
+        todo = "return output.loss" if hasattr(loss, "loss") else "return the loss itself"
+        raise ValueError(f"the {name} function must return a tensor, got {shown(loss)}; {todo}")
+    if loss.dim() > 0 or not loss.requires_grad:
+        raise ValueError(
+            f"the {name} function must return one loss with its graph, got {shown(loss)} with "
+            f"requires_grad={loss.requires_grad}; reduce it to a mean, and leave out detach()"
+        )
+    return loss
+
+
 def reached(
     loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = False
 ) -> dict[Tensor, Tensor]:
@@ -170,10 +215,16 @@ def reached(
         >>> [gradient for p, gradient in reached(w**2, [w, other]).items()]
         [tensor(6.)]
     """
-    found = cast(
-        Sequence[Tensor | None],
-        torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True),
-    )
+    try:
+        grads = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ValueError(
+            "a loss was computed from outputs that another loss has used up; run the model inside "
+            "each of the two functions, since the outer one runs at other weights"
+        ) from error
+    found = cast(Sequence[Tensor | None], grads)
     return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
 
 

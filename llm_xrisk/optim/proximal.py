@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llm_xrisk.optim.beside import BesideParameters, groups_of
+from llm_xrisk.fcco.arguments import checked
+from llm_xrisk.optim.beside import BesideParameters, entries, groups_of
 
 
 class ProximalPull:
@@ -37,8 +38,9 @@ class ProximalPull:
     loss.
 
     Raises:
-        ValueError: lam0 < 0, steps_per_epoch < 1, or a checkpoint of other parameters.
-        TypeError: a wrapper in place of the optimizer itself.
+        ValueError: lam0 < 0, steps_per_epoch < 1, an optimizer that has a pull already, or a
+            checkpoint of other parameters.
+        TypeError: a wrapper in place of the optimizer itself, or what is none.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -53,6 +55,7 @@ class ProximalPull:
     Source: book section 6.4.1; Guo et al. 2020, Yuan et al. 2021 (PESG).
     """
 
+    @checked
     def __init__(
         self, optimizer: Optimizer, lam0: float = 2e-3, *, steps_per_epoch: int | None = None
     ) -> None:
@@ -68,6 +71,12 @@ class ProximalPull:
         self._reference = BesideParameters(optimizer, "reference weights")
         self._mean = BesideParameters(optimizer, "mean weights")
         self._optimizer = optimizer
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+        if any(isinstance(getattr(h, "__self__", None), ProximalPull) for h in hooks.values()):
+            raise ValueError(
+                "this optimizer has a ProximalPull already, and two would add up; call remove() "
+                "on the first"
+            )
         try:
             self._hooks = (
                 optimizer.register_step_pre_hook(self._before),
@@ -102,9 +111,10 @@ class ProximalPull:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint, which is copied and not changed."""
-        self._reference.load(state_dict["reference"])
-        self._mean.load(state_dict["mean"])
-        self.steps = state_dict["steps"]
+        steps, reference, mean = entries(state_dict, ("steps", "reference", "mean"), self)
+        self._reference.load(reference)
+        self._mean.load(mean)
+        self.steps = int(steps)
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

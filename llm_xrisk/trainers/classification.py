@@ -1,5 +1,6 @@
 """Classifiers of transformers trained for AUC, average precision and their like."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,11 +8,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from llm_xrisk.data import DualSampler
+from llm_xrisk.fcco.arguments import shown
 from llm_xrisk.objectives import Objective, SequenceObjective
 from llm_xrisk.trainers.config import ClassificationConfig, require_config
 from llm_xrisk.trainers.loading import load_model
 from llm_xrisk.trainers.mixin import Batch
-from llm_xrisk.trainers.rows import RowTrainer, model_inputs
+from llm_xrisk.trainers.rows import RowTrainer, model_inputs, require_model, require_rows
 
 _MOST_PAIRS = 10**8  # of an exact objective: 400 MB a matrix
 
@@ -38,8 +40,9 @@ class ClassificationTrainer(RowTrainer):
             (its predictions are the scores: :func:`llm_xrisk.evaluation.ranking_metrics`), ...
 
     Raises:
-        ValueError: rows without an index, targets other than 0 and 1, logits the objective
-            cannot rank, or settings of another trainer.
+        TypeError: a model, rows, a sampler or an objective of another kind.
+        ValueError: rows without an index or a label, targets other than 0 and 1, logits the
+            objective cannot rank, or settings of another trainer.
 
     Example:
         In short::
@@ -70,6 +73,11 @@ class ClassificationTrainer(RowTrainer):
     ) -> None:
         args = args or ClassificationConfig(output_dir="classification-output")
         require_config(args, ClassificationConfig)
+        require_model(model)
+        if train_dataset is not None:
+            require_rows(train_dataset)
+            if kwargs.get("data_collator") is None:
+                _require_labels(train_dataset)
         classifier = load_model(
             model, args.model_init_kwargs, peft_config, auto=AutoModelForSequenceClassification
         )
@@ -108,11 +116,21 @@ class ClassificationTrainer(RowTrainer):
         """Several labels, where the model says that it has them."""
         return {} if self._labels is None else {"num_labels": self._labels}
 
+    def row_columns(self) -> list[str]:
+        """Columns that are not the model's and stay in the data; a model need not take labels."""
+        return [*super().row_columns(), "label", "labels"]
+
     def row_scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The score of each row, or the scores of its labels."""
-        return {"scores": self._ranked(model(**model_inputs(batch)).logits)}
+        return {"scores": self._ranked(model(**model_inputs(batch)))}
 
-    def _ranked(self, logits: Tensor) -> Tensor:
+    def _ranked(self, output: Any) -> Tensor:
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"got {shown(output)} from the model, without logits; it must be a classifier, or "
+                "return transformers.modeling_outputs.SequenceClassifierOutput(logits=...)"
+            )
         labels, columns = self.objective.num_labels, logits.shape[-1]
         if labels is not None and columns == labels:
             return logits
@@ -144,6 +162,18 @@ def _several_labels(model: Any) -> int | None:
     config = getattr(model, "config", None)
     several = getattr(config, "problem_type", None) == "multi_label_classification"
     return config.num_labels if config is not None and several else None
+
+
+def _require_labels(rows: Any) -> None:
+    """Refuse rows that are no dictionaries with a label."""
+    row = rows[0]
+    names = sorted(row) if isinstance(row, Mapping) else None
+    if names is None or not {"label", "labels", "label_ids"} & set(names):
+        raise ValueError(
+            f"a row is {shown(row) if names is None else names} and has no label; rows must be "
+            "dictionaries of the model's inputs and 'label' or 'labels': rename the column, or "
+            "pass a data_collator that gives labels"
+        )
 
 
 def _labels(rows: Any) -> Any:

@@ -13,9 +13,10 @@ from llm_xrisk.objectives.temperatures import GlobalTemperature, IndividualTempe
 from llm_xrisk.trainers.config import ContrastiveConfig, require_config
 from llm_xrisk.trainers.loading import load_model
 from llm_xrisk.trainers.mixin import Batch
-from llm_xrisk.trainers.rows import RowTrainer, model_inputs
+from llm_xrisk.trainers.rows import RowTrainer, model_inputs, require_model, require_rows
 
 Features = Callable[[Any, Batch], Tensor]
+_REFERENCE = ("ref_scores", "ref_targets")
 
 
 class ContrastiveTrainer(RowTrainer):
@@ -36,7 +37,7 @@ class ContrastiveTrainer(RowTrainer):
         objective: An objective; by default the one that ``args`` names.
         train_dataset: Rows ``first``, ``second`` (texts, arrays, or mappings of model inputs) for
             the default collator, or the inputs of a model of two modalities; and ``index``.
-        eval_dataset: The same; needs no index.
+        eval_dataset: The same; needs no index, and no features of a reference.
         processing_class: Tokenizer, for texts.
         data_collator: Instead of :class:`~llm_xrisk.data.views.ViewsCollator`.
         peft_config: Adapter to put on the model.
@@ -54,8 +55,17 @@ class ContrastiveTrainer(RowTrainer):
             ContrastiveTrainer("bert-base-uncased", args, train_dataset=data,
                                processing_class=tokenizer).train()
 
+        DRRho-CLIP (6.121) takes a reference model's features as two columns, computed once::
+
+            with torch.no_grad():
+                known = reference(pixel_values=..., input_ids=...)
+            data = data.add_column("ref_scores", known.image_embeds.tolist())
+            data = data.add_column("ref_targets", known.text_embeds.tolist())
+            args = ContrastiveConfig(output_dir="out", objective="GlobalCLIP", tau=0.01,
+                                     objective_kwargs={"use_reference": True})
+
     Metrics: those of the objective. ``eval_loss`` is the mean over evaluation batches of the
-    objective within the batch.
+    objective within the batch, without a reference.
     """
 
     _tag_names = ("llm-xrisk", "contrastive-learning")
@@ -78,6 +88,13 @@ class ContrastiveTrainer(RowTrainer):
     ) -> None:
         args = args or ContrastiveConfig(output_dir="contrastive-output")
         require_config(args, ContrastiveConfig)
+        require_model(model)
+        if train_dataset is not None:
+            require_rows(train_dataset)
+        if features is not None and not callable(features):
+            raise TypeError(
+                f"features must be a function, features(output, inputs) -> (B, d), got {features!r}"
+            )
         encoder = load_model(model, args.model_init_kwargs, peft_config, auto=AutoModel)
         name = getattr(encoder, "main_input_name", "input_ids")
         self._features = features or pooled
@@ -91,6 +108,8 @@ class ContrastiveTrainer(RowTrainer):
             data_collator=data_collator or ViewsCollator(processing_class, name),
             **kwargs,
         )
+        if getattr(self.objective, "use_reference", False):
+            self._row_columns += _REFERENCE
 
     @staticmethod
     def takes(kind: type[Objective]) -> bool:
@@ -113,7 +132,7 @@ class ContrastiveTrainer(RowTrainer):
 
     def row_columns(self) -> list[str]:
         """Columns that are not the model's and stay in the data."""
-        return [*super().row_columns(), "first", "second"]
+        return [*super().row_columns(), "first", "second", *_REFERENCE]
 
     def row_scores(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The features of both sides."""
@@ -121,8 +140,10 @@ class ContrastiveTrainer(RowTrainer):
             first, second = (
                 self._features(model(**batch[side]), batch[side]) for side in ("first", "second")
             )
+            for side in (first, second):
+                _require_features(side)
             return {"scores": first, "targets": second}
-        inputs = model_inputs(batch)
+        inputs = {k: v for k, v in model_inputs(batch).items() if k not in _REFERENCE}
         output = model(**inputs)
         first, second = (getattr(output, f"{side}_embeds", None) for side in ("image", "text"))
         if first is None or second is None:
@@ -134,6 +155,16 @@ class ContrastiveTrainer(RowTrainer):
         return {"scores": first, "targets": second}
 
 
+def _require_features(rows: Any) -> None:
+    """Refuse features that are no (B, d)."""
+    if not isinstance(rows, Tensor) or rows.dim() < 2:
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"got features {got} of a side and needs a tensor (B, d); let the model return more "
+            "than one number a row, or pass features=lambda output, inputs: ..."
+        )
+
+
 def pooled(output: Any, inputs: Batch) -> Tensor:
     """The features (B, d) of a side: pooled, or the mean over the tokens that are attended to.
 
@@ -141,6 +172,7 @@ def pooled(output: Any, inputs: Batch) -> Tensor:
         ValueError: an output without either.
     """
     if isinstance(output, Tensor):
+        _require_features(output)
         return output.flatten(1)
     known = getattr(output, "pooler_output", None)
     if known is not None:

@@ -357,7 +357,7 @@ class ScoreWeighBackprop(Trainer if TYPE_CHECKING else object):
             name or Path(self.args.output_dir or "model").resolve().name,
             method=self._method.format(objective=type(self.objective).__name__),
             source=self._source,
-            base=base or getattr(model.config, "_name_or_path", ""),
+            base=base or getattr(getattr(model, "config", None), "_name_or_path", ""),
             settings=own_settings(*configs) | rewards,
             metadata=library | {"tags": [*self._tag_names, *tags]} | head,
             data=described(self.train_dataset),

@@ -2,15 +2,25 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from transformers import Trainer
 
+from llm_xrisk.data.sampler_base import PlannedBatchSampler
 from llm_xrisk.fcco import cosine
+from llm_xrisk.fcco.arguments import shown
 from llm_xrisk.objectives import OBJECTIVES, Objective
 from llm_xrisk.trainers.config import RowConfig
 from llm_xrisk.trainers.loading import disable_dropout
@@ -42,8 +52,10 @@ class RowTrainer(ScoreWeighBackprop, Trainer):
         **kwargs: For ``transformers.Trainer``.
 
     Raises:
-        ValueError: rows without an index that the objective needs, or an objective by a name or
-            with settings it does not have.
+        TypeError: rows, a sampler or an objective of another kind.
+        ValueError: rows without an index that the objective needs, an objective by a name or
+            with settings it does not have, a sampler of other rows or processes, or an optimizer
+            that lacks what the objective learns.
     """
 
     replays_randomness = True
@@ -60,6 +72,14 @@ class RowTrainer(ScoreWeighBackprop, Trainer):
         batch_sampler: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._check_data(train_dataset, batch_sampler, args)
+        if objective is not None:
+            require_objective(objective, args)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "got a compute_loss_func, which nothing would call: the objective is the loss; "
+                "pass it as objective, or name it in the settings"
+            )
         if args.disable_dropout:
             disable_dropout(model)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
@@ -71,6 +91,28 @@ class RowTrainer(ScoreWeighBackprop, Trainer):
         if train_dataset is not None and objective.num_samples is not None:
             require_index_column(train_dataset, type(objective).__name__)
         self.setup_objective(objective)
+        self._require_trained()
+
+    @staticmethod
+    def _check_data(train_dataset: Any, batch_sampler: Any, args: RowConfig) -> None:
+        """Refuse data that are no rows, and a sampler that draws no batches of them."""
+        if train_dataset is not None:
+            require_rows(train_dataset)
+        if batch_sampler is not None:
+            require_batches(batch_sampler, train_dataset, args.world_size)
+
+    def _require_trained(self) -> None:
+        """Refuse an optimizer that leaves out what the objective learns itself."""
+        groups = getattr(self.optimizer, "param_groups", None)
+        if groups is None:  # the trainer will build one, with them
+            return
+        known = {id(p) for group in groups for p in group["params"]}
+        if any(id(weight) not in known for weight in self._own_parameters()):
+            raise ValueError(
+                f"{type(self.objective).__name__} has parameters of its own, which the optimizer "
+                "lacks; build the objective first, pass objective=..., and give the optimizer "
+                '{"params": objective.parameters(), "weight_decay": 0.0} as a further group'
+            )
 
     @staticmethod
     def takes(kind: type[Objective]) -> bool:
@@ -199,6 +241,9 @@ def named_objective(args: RowConfig, num_samples: int, **settings: Any) -> Objec
         raise ValueError(
             f"got objective_kwargs with {clash}, which other settings choose; drop one"
         )
+    twice = sorted({"gamma", "tau"} & set(json_kwargs(args)) & set(args_given(args)))
+    if twice:
+        raise ValueError(f"got {twice} as a setting and in objective_kwargs; drop one of them")
     unknown = sorted(set(chosen) - set(taken))
     if unknown:
         raise ValueError(
@@ -207,6 +252,102 @@ def named_objective(args: RowConfig, num_samples: int, **settings: Any) -> Objec
         )
     given = {"num_samples": num_samples} | chosen | settings
     return kind(**{name: value for name, value in given.items() if name in taken})
+
+
+def args_given(args: RowConfig) -> list[str]:
+    """The settings of an objective that were chosen."""
+    chosen = {name: getattr(args, name) for name in ("gamma", "tau", "objective_kwargs")}
+    return [name for name, value in chosen.items() if value not in (None, {})]
+
+
+def require_objective(objective: Any, args: RowConfig) -> None:
+    """Refuse what is no objective, and settings that one which is built already would not have.
+
+    Raises:
+        TypeError: a name, a class, or anything else that is no objective.
+        ValueError: settings of an objective beside an objective.
+    """
+    if not isinstance(objective, Objective):
+        settings = type(args).__name__
+        name = objective if isinstance(objective, str) else "AveragePrecision"
+        todo = "OPAUCSoft(num_samples=len(train_dataset))"
+        if isinstance(objective, type):
+            todo = f"{objective.__name__}(...)"
+        raise TypeError(
+            f"got {shown(objective)} as objective; pass one that is built, {todo}, or its name in "
+            f"the settings: {settings}(objective={name!r})"
+        )
+    given = args_given(args)
+    if given:
+        raise ValueError(
+            f"got an objective and settings for one ({', '.join(given)}), which it would not have; "
+            f"build it with them, {type(objective).__name__}(...), or drop objective="
+        )
+
+
+def require_model(model: Any) -> None:
+    """Refuse what is neither a model nor a name of one.
+
+    Raises:
+        TypeError: with what to pass.
+    """
+    if not isinstance(model, nn.Module | str):
+        raise TypeError(
+            f"got {shown(model)} as model; pass a model, or the name or path of one on the hub or "
+            "on disk"
+        )
+
+
+def require_rows(rows: Any) -> None:
+    """Refuse what is no map-style data set with at least one row.
+
+    Raises:
+        TypeError: data without a length or random access, or whose rows have no numbers.
+        ValueError: no rows.
+    """
+    odd = isinstance(rows, str | type | Mapping | Tensor | DataLoader | IterableDataset)
+    if odd or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(
+            f"got {shown(rows)} as train_dataset; it must be a map-style data set or a list, whose "
+            "rows are dictionaries: of several splits pass one, of a loader its .dataset"
+        )
+    if len(rows) == 0:
+        raise ValueError("got a train_dataset without rows; check how it was filtered")
+
+
+def require_batches(sampler: Any, rows: Any, world_size: int) -> None:
+    """Refuse what does not draw batches of row numbers, epoch after epoch, of these rows.
+
+    Raises:
+        TypeError: what draws no batches.
+        ValueError: a sampler of another data set, or for another number of processes.
+    """
+    by_row = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+    first = next(iter(sampler), None) if isinstance(sampler, list | tuple) else None
+    if isinstance(sampler, (*by_row, DistributedSampler)) or isinstance(first, int):
+        raise TypeError(
+            f"got {shown(sampler)} as batch_sampler, which draws one row at a time; put it into "
+            "torch.utils.data.BatchSampler(sampler, batch_size, drop_last=False)"
+        )
+    odd = isinstance(sampler, str | type | Mapping | DataLoader | Iterator)
+    if odd or not hasattr(sampler, "__iter__"):
+        raise TypeError(
+            f"got {shown(sampler)} as batch_sampler; it must give lists of row numbers whenever "
+            "it is iterated, as those of llm_xrisk.data do: DualSampler(labels, batch_size=...)"
+        )
+    if not isinstance(sampler, PlannedBatchSampler):
+        return
+    kind = type(sampler).__name__
+    if rows is not None and sampler.num_samples != len(rows):
+        raise ValueError(
+            f"got a {kind} for {sampler.num_samples} rows and a train_dataset of {len(rows)}; "
+            "build it from the labels of this very data set"
+        )
+    if sampler.num_replicas != world_size:
+        raise ValueError(
+            f"got a {kind} for num_replicas={sampler.num_replicas} on {world_size} processes; "
+            "build it with num_replicas=args.world_size, rank=args.process_index"
+        )
 
 
 def json_kwargs(args: RowConfig) -> dict[str, Any]:

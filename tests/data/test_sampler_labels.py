@@ -1,12 +1,14 @@
 """Labels and groups from whatever holds them, and what is refused before any batch is drawn."""
 
+import inspect
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from llm_xrisk.data import DualSampler, with_index
+from llm_xrisk.data import DualSampler, GroupSampler, QuerySampler, TriSampler, with_index
 from tests.data.test_samplers import (
     GRADES,
     GROUPS,
@@ -128,3 +130,62 @@ def test_groups_may_be_text_and_any_integers():
 def test_what_makes_no_batches_is_refused_by_name(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+SAMPLERS = {
+    "DualSampler": lambda **k: DualSampler([0, 1, 0, 1], **{"batch_size": 2} | k),
+    "TriSampler": lambda **k: TriSampler(
+        [[0, 1], [1, 0]], **{"tasks_per_batch": 1, "num_pos": 1, "num_neg": 1} | k
+    ),
+    "QuerySampler": lambda **k: QuerySampler(
+        [1, 0], ["a", "a"], **{"queries_per_batch": 1, "num_pos": 1, "num_neg": 1} | k
+    ),
+    "GroupSampler": lambda **k: GroupSampler(
+        [0, 1], **{"groups_per_batch": 1, "items_per_group": 1} | k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_numbers_of_another_kind_are_refused_by_name(name):
+    build = SAMPLERS[name]
+    taken = inspect.signature(type(build()).__init__).parameters
+    for argument in [n for n, p in taken.items() if p.annotation is int]:
+        for wrong in (2.5, "2", None, True, torch.tensor(2)):
+            with pytest.raises(TypeError, match=rf"{argument} of {name} must be an integer, got "):
+                build(**{argument: wrong})
+    with pytest.raises(TypeError, match=f"drop_last of {name} must be True or False, got 1"):
+        build(drop_last=1)
+    with pytest.raises(TypeError, match=rf"keyword argument 'shuffle'; it takes {name}\("):
+        build(shuffle=True)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_place_in_training_of_another_kind_is_refused(name):
+    sampler = SAMPLERS[name]()
+    for wrong in ("1", 1.5, None):
+        with pytest.raises(ValueError, match="epoch must be an integer of at least 0, got "):
+            sampler.set_epoch(wrong)
+    with pytest.raises(ValueError, match=r"step must be in 0..\d+, .* got 0.5"):
+        sampler.state_dict(step=0.5)
+    with pytest.raises(TypeError, match=rf"got None as a state; it must come from {name}.state_di"):
+        sampler.load_state_dict(None)
+    with pytest.raises(ValueError, match=r"got a state at batch 0.5 of an epoch"):
+        sampler.load_state_dict(sampler.state_dict() | {"step": 0.5})
+
+
+@pytest.mark.parametrize("wrong", [{"label": [0, 1]}, DualSampler])
+def test_a_mapping_of_columns_is_told_to_become_one(wrong):
+    with pytest.raises(TypeError, match=r"as labels; .* the column that holds them, .*\['label'\]"):
+        DualSampler(wrong, batch_size=2)
+
+
+@pytest.mark.parametrize("wrong", [["a", None, "b"], [object(), object()], [0.5, 1.5]])
+def test_groups_without_a_name_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"got groups of shape .* integers or text"):
+        GroupSampler(wrong, groups_per_batch=1, items_per_group=1)
+
+
+def test_a_sampler_knows_its_data_and_its_process():
+    sampler = DualSampler([0, 1, 0, 1], batch_size=4, num_replicas=2, rank=1)
+    assert (sampler.num_samples, sampler.num_replicas, sampler.rank) == (4, 2, 1)

@@ -199,7 +199,7 @@ def test_epochs_differ_follow_each_other_and_can_be_chosen(build):
     other.set_epoch(0)
     assert list(other) == first
     assert list(build(seed=1)) != first
-    with pytest.raises(ValueError, match="epoch must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="epoch must be an integer of at least 0, got -1"):
         other.set_epoch(-1)
 
 

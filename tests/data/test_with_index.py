@@ -167,3 +167,22 @@ def test_streams_are_refused(stream):
 def test_a_mapping_of_splits_is_refused():
     with pytest.raises(TypeError, match=r"got a DatasetDict with \['train'\].*with_index\(dataset"):
         with_index(DatasetDict(train=numbers()))
+
+
+@pytest.mark.parametrize("wrong", ["train.jsonl", list, 5, None])
+def test_what_is_no_data_set_is_refused(wrong):
+    with pytest.raises(TypeError, match="which has no length or no random access"):
+        with_index(wrong)
+
+
+@pytest.mark.parametrize("number", ["a", 1.5, None, [0, 1], slice(0, 1)])
+def test_a_row_is_asked_for_by_its_number(number):
+    with pytest.raises(TypeError, match=r"asked for a row by its number, got .*Subset\(dataset"):
+        with_index([("a",), ("b",)])[number]
+
+
+def test_a_row_that_has_another_number_is_refused():
+    rows = with_index([{"index": 0}, {"index": 7}])
+    assert rows[0] == {"index": 0}
+    with pytest.raises(ValueError, match=r"row 1 has an 'index' of 7 already, .* rename it"):
+        rows[1]

@@ -110,6 +110,13 @@ def test_lists_arrays_and_tensors_with_gradient_agree(convert: Any):
         ({"targets": [1, 1]}, "got 2 positives of 2 rows; need both classes"),
         ({"targets": [1, 0, 0]}, r"got scores \(2,\) and targets \(3,\)"),
         ({"scores": [float("nan"), 0.0]}, "scores that are NaN"),
+        ({"scores": ["a", "b"]}, "scores must be numbers, .* got a list of 2"),
+        ({"targets": [1, 2]}, r"targets must be 0 and 1 .* got \[1.0, 2.0\]"),
+        ({"targets": [0.3, 0.9]}, r"got \[0.3, 0.9\]; .* or are scores and targets exchanged\?"),
+        ({"targets": [1, float("nan")]}, r"targets must be 0 and 1 .* got \[1.0, nan\]"),
+        ({"targets": ["pos", "neg"]}, "targets must be numbers, .* map classes to 0 and 1 first"),
+        ({"max_fpr": "0.3"}, r"max_fpr must be in \(0, 1\], got '0.3'"),
+        ({"min_tpr": None}, r"min_tpr must be in \[0, 1\), got None"),
     ],
 )
 def test_bad_input_is_refused_with_what_is_needed(options: dict[str, Any], message: str):

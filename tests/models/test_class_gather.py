@@ -187,7 +187,7 @@ def test_training_approaches_the_exact_cross_entropy_of_all_classes() -> None:
     reached = {}
     for weighted in (True, False):
         head = ClassGather(300, 4, counts=counts if weighted else None, extra=8, std=0.0)
-        objective = ExtremeClassification(512, 300, 0.2, method="sox")
+        objective = ExtremeClassification(512, 300, gamma=0.2, method="sox")
         optimizer = torch.optim.SGD(head.parameters(), lr=2.0)
         for _ in range(400):
             index = torch.randint(512, (16,), generator=generator)
@@ -255,3 +255,35 @@ def test_the_average_stays_in_float32_beside_a_bfloat16_weight() -> None:
     assert head.direction.dtype == torch.float32
     assert head.direction.any()
     assert head.weight.grad.dtype == torch.bfloat16
+
+
+FEATURES, LABELS = torch.randn(4, 3), torch.tensor([1, 2, 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "error", "message"),
+    [
+        (FEATURES.numpy(), LABELS, TypeError, r"got features as a NumPy array \(4, 3\)"),
+        (FEATURES, [1, 2, 3, 0], TypeError, "got labels as a list of 4 and needs a tensor"),
+        (torch.randn(4, 7), LABELS, ValueError, r"need features \(B, 3\) .* got \(4, 7\)"),
+        (FEATURES.long(), LABELS, ValueError, "got torch.int64 and torch.int64"),
+        (FEATURES, LABELS.float(), ValueError, r"got torch.float32 and torch.float32"),
+        (FEATURES, LABELS == 1, ValueError, r"torch.bool; of one-hot labels take argmax\(1\)"),
+        (FEATURES, LABELS + 2, IndexError, "class 5 is out of range for num_classes=5"),
+        (FEATURES, LABELS - 100, IndexError, "class -100 is out of range for num_classes=5"),
+    ],
+)
+def test_rows_that_are_no_features_and_classes_are_refused(
+    features: Tensor, labels: Tensor, error: type[Exception], message: str
+) -> None:
+    head = ClassGather(5, 3)
+    for method in (head, head.cross_entropy):
+        with pytest.raises(error, match=message):
+            method(features, labels)
+
+
+def test_counts_are_whole_numbers_in_a_tensor() -> None:
+    with pytest.raises(ValueError, match="counts must be numbers of examples, got fractions"):
+        ClassGather(5, 3, counts=torch.full((5,), 0.5))
+    with pytest.raises(TypeError, match="counts of ClassGather must be a tensor or None, got a li"):
+        ClassGather(5, 3, counts=[1] * 5)

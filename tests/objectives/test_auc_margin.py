@@ -161,7 +161,7 @@ def test_on_fixed_scores_any_optimizer_reaches_the_saddle(
     positives: int, kind: str, surrogate: SquaredHinge | Squared
 ) -> None:
     h, y = mixed(positives)
-    objective = AUCMargin(0.1, surrogate=surrogate, initial=(0.0, 0.0, 0.0), state_dtype=F64)
+    objective = AUCMargin(gamma=0.1, surrogate=surrogate, initial=(0.0, 0.0, 0.0), state_dtype=F64)
     optimizer = (
         torch.optim.SGD(objective.parameters(), lr=0.1, momentum=0.5)
         if kind == "SGD"
@@ -290,7 +290,7 @@ def test_training_raises_the_auc_of_a_toy(kind: str) -> None:
 
 def test_gamma_follows_its_schedule() -> None:
     h, y = mixed(16)
-    objective = AUCMargin(cosine(0.2, epochs=10), initial=(0.0, 0.0, 0.0))
+    objective = AUCMargin(gamma=cosine(0.2, epochs=10), initial=(0.0, 0.0, 0.0))
     target = 2 * (1 + h[y == 0].mean() - h[y == 1].mean())
     objective.set_epoch(5)
     objective(h, y)
@@ -306,7 +306,7 @@ def test_stats_hold_what_is_kept() -> None:
 @pytest.mark.parametrize("gamma", [0.0, 1.5])
 def test_a_gamma_outside_its_range_is_refused(gamma: float) -> None:
     with pytest.raises(ValueError, match=rf"gamma must be in \(0, 1\], got {gamma}; Algorithm 27"):
-        AUCMargin(gamma)
+        AUCMargin(gamma=gamma)
 
 
 def test_no_label_at_all_is_refused() -> None:

@@ -86,7 +86,7 @@ def test_the_penalised_value_is_the_largest_over_weights(lam: float) -> None:
     def primal(p: torch.Tensor) -> float:
         return ((p * losses).mean() - lam / 2 * (p - 1).square().mean()).item()
 
-    value = Chi2DRO(lam).exact(losses).item()
+    value = Chi2DRO(lam=lam).exact(losses).item()
     assert value == pytest.approx(primal(best), rel=1e-10)
     for other in perturbed(best):
         assert primal(other) <= value + 1e-12
@@ -129,12 +129,12 @@ def test_a_large_penalty_adds_the_variance() -> None:
     losses = exponential()
     for lam in (1e1, 1e3, 1e6):
         want = losses.mean() + losses.var(correction=0) / (2 * lam)
-        assert Chi2DRO(lam).exact(losses).item() == pytest.approx(want.item(), rel=1e-9)
-        single = Chi2DRO(lam)(losses.to(torch.float32)).loss
+        assert Chi2DRO(lam=lam).exact(losses).item() == pytest.approx(want.item(), rel=1e-9)
+        single = Chi2DRO(lam=lam)(losses.to(torch.float32)).loss
         assert single.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", [Chi2DRO(1e-6), Chi2ConstrainedDRO(rho=100.0)])
+@pytest.mark.parametrize("objective", [Chi2DRO(lam=1e-6), Chi2ConstrainedDRO(rho=100.0)])
 def test_the_largest_loss_is_all_that_counts_in_the_end(objective: Objective) -> None:
     losses = exponential().requires_grad_()
     value = objective.exact(losses)
@@ -164,7 +164,10 @@ def test_losses_all_below_eta_weigh_nothing_until_it_follows() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "tolerance"),
-    [(Chi2DRO(0.5, eta_lr=0.02), 0.02), (Chi2ConstrainedDRO(0.1, 0.5, eta_lr=0.02), 0.06)],
+    [
+        (Chi2DRO(lam=0.5, eta_lr=0.02), 0.02),
+        (Chi2ConstrainedDRO(gamma=0.1, rho=0.5, eta_lr=0.02), 0.06),
+    ],
 )
 def test_minibatches_find_the_worst_case(objective: Objective, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -60,7 +60,7 @@ class TestCVaRDRO(FirstVisitContract):
 
 def test_the_smoothed_hinge_equals_the_loops() -> None:
     generator, u = torch.Generator().manual_seed(0), dict[int, float]()
-    objective = CVaRDRO(0.3, nu_lr=0.05, eps=0.4, state_dtype=F64)
+    objective = CVaRDRO(alpha=0.3, nu_lr=0.05, eps=0.4, state_dtype=F64)
     for _ in range(4):
         batch = losses_of(generator)
         result = evaluate(objective, batch)
@@ -86,7 +86,9 @@ def test_the_first_smoothed_threshold_makes_the_mean_weight_one(alpha: float, ep
     losses[20:30] = losses[:10]
     for dtype, tolerance in ((F64, 1e-9), (torch.float32, 1e-2)):
         batch = Batch(losses.to(dtype), torch.zeros(40))
-        gradient = evaluate(CVaRDRO(alpha, eps=eps, state_dtype=dtype), batch).gradients["scores"]
+        gradient = evaluate(CVaRDRO(alpha=alpha, eps=eps, state_dtype=dtype), batch).gradients[
+            "scores"
+        ]
         assert gradient.sum().item() == pytest.approx(1.0, abs=tolerance)
 
 
@@ -94,7 +96,7 @@ def test_a_smoothed_threshold_for_all_rows_survives_the_rounding_of_float32() ->
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         losses = 3 * torch.randn(37, generator=generator)
-        got = CVaRDRO(1.0, eps=0.3)(losses).loss
+        got = CVaRDRO(alpha=1.0, eps=0.3)(losses).loss
         torch.testing.assert_close(got, losses.mean() - 0.3 / 2, rtol=1e-4, atol=1e-4)
 
 

@@ -93,7 +93,7 @@ class TestSOX(TestExtremeClassification):
         return ObjectiveContract.build(self, **overrides)
 
     def test_worked_example(self) -> None:
-        objective = ExtremeClassification(1, 3, 0.25, method="sox")
+        objective = ExtremeClassification(1, 3, gamma=0.25, method="sox")
         own, index = torch.tensor([0]), torch.tensor([0])
         evaluate(objective, Batch(torch.zeros(1, 3), own, {"index": index}))
         far = torch.tensor([[0.0, math.log(4), math.log(4)]])
@@ -162,7 +162,7 @@ def test_all_classes_give_the_cross_entropy_minus_log_k(method: str) -> None:
     """Value and gradient; the first visit for every method, and every visit for gamma = 1."""
     generator = torch.Generator().manual_seed(0)
     objective = ExtremeClassification(6, CLASSES, method=method, state_dtype=F64)
-    always = ExtremeClassification(6, CLASSES, 1.0, method="sox", state_dtype=F64)
+    always = ExtremeClassification(6, CLASSES, gamma=1.0, method="sox", state_dtype=F64)
     own = torch.randint(CLASSES, (6,), generator=generator)
     for visit in range(3):
         batch = Batch(3 * logits(generator), own, {"index": torch.arange(6)})
@@ -180,7 +180,7 @@ def test_all_classes_give_the_cross_entropy_minus_log_k(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_with_frozen_scores_of_all_classes_every_visit_is_exact(method: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    objective = ExtremeClassification(6, CLASSES, 0.2, method=method, state_dtype=F64)
+    objective = ExtremeClassification(6, CLASSES, gamma=0.2, method=method, state_dtype=F64)
     groups = {"index": torch.arange(6)}
     batch = Batch(logits(generator), torch.randint(CLASSES, (6,), generator=generator), groups)
     first = evaluate(objective, batch)
@@ -234,7 +234,7 @@ def test_sox_is_scent_with_the_alpha_of_its_gamma() -> None:
     generator = torch.Generator().manual_seed(3)
     settings = {"method": "scent", "log_alpha": math.log(0.3 / 0.7), "multiplier": 0.0}
     one = ExtremeClassification(4, CLASSES, **settings, state_dtype=F64)
-    other = ExtremeClassification(4, CLASSES, 0.3, method="sox", state_dtype=F64)
+    other = ExtremeClassification(4, CLASSES, gamma=0.3, method="sox", state_dtype=F64)
     for _ in range(4):
         batch = Batch(logits(generator, 4), torch.arange(4), {"index": torch.arange(4)})
         got, want = evaluate(one, batch), evaluate(other, batch)
@@ -336,7 +336,9 @@ def fitted(method: str) -> float:
 
     solver.step(closure)
     generator = torch.Generator().manual_seed(7)
-    objective = ExtremeClassification(12, 30, 0.05, method=method, log_alpha=-2.0, state_dtype=F64)
+    objective = ExtremeClassification(
+        12, 30, gamma=0.05, method=method, log_alpha=-2.0, state_dtype=F64
+    )
     weights, mean, steps = start.clone().requires_grad_(), torch.zeros_like(start), 1500
     for step in range(steps):
         index = torch.randperm(12, generator=generator)[:4]

@@ -61,8 +61,10 @@ def test_a_small_gamma_has_the_direction_and_the_size_of_the_exact_gradient(
 
 
 DUALS: dict[str, Callable[[], Objective]] = {
-    "one-way partial AUC": partial(OPAUC, ROWS, 0.25, nu_lr=0.2, state_dtype=F64),
-    "two-way partial AUC": partial(TPAUC, ROWS, 0.5, 0.25, nu_lr=0.2, y_lr=0.2, state_dtype=F64),
+    "one-way partial AUC": partial(OPAUC, ROWS, max_fpr=0.25, nu_lr=0.2, state_dtype=F64),
+    "two-way partial AUC": partial(
+        TPAUC, ROWS, min_tpr=0.5, max_fpr=0.25, nu_lr=0.2, y_lr=0.2, state_dtype=F64
+    ),
 }
 
 
@@ -79,8 +81,8 @@ def test_duals_near_their_best_do_so_too(build: Callable[[], Objective]) -> None
 
 
 def test_a_small_gamma_pays_for_the_soft_partial_auc() -> None:
-    small = OPAUCSoft(ROWS, 0.01, tau=0.1, state_dtype=F64)
-    large = OPAUCSoft(ROWS, 0.9, tau=0.1, state_dtype=F64)
+    small = OPAUCSoft(ROWS, gamma=0.01, tau=0.1, state_dtype=F64)
+    large = OPAUCSoft(ROWS, gamma=0.9, tau=0.1, state_dtype=F64)
     close, scale = cosine_and_scale(small, steps=1500, burn_in=300)
     far, _ = cosine_and_scale(large, steps=1500, burn_in=300)
     assert close >= 0.998

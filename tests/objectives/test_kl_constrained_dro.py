@@ -120,7 +120,7 @@ def test_minibatches_find_the_best_tau_wherever_the_losses_lie(shift: float) -> 
     """The book's z_tau ends at tau_0 here, see the departures."""
     generator = torch.Generator().manual_seed(0)
     losses = torch.empty(400).exponential_(generator=generator)
-    objective = KLConstrainedDRO(0.1, rho=0.3, tau_lr=0.02)
+    objective = KLConstrainedDRO(gamma=0.1, rho=0.3, tau_lr=0.02)
     best, found = objective.best_tau(losses).item(), 0.0
     for step in range(2000):
         rows = torch.randint(400, (16,), generator=generator)

@@ -82,7 +82,7 @@ class TestKLDRO(RobustContract):
 )
 def test_variants_equal_the_loops(options: dict[str, float], alpha: float | None) -> None:
     generator, u = torch.Generator().manual_seed(0), dict[int, float]()
-    objective = KLDRO(0.3, **options, state_dtype=F64)
+    objective = KLDRO(gamma=0.3, **options, state_dtype=F64)
     for _ in range(4):
         batch = losses_of(generator)
         result = evaluate(objective, batch)
@@ -112,7 +112,7 @@ def test_the_gamma_of_scent_follows_the_tracked_value() -> None:
 def test_a_scent_multiplier_of_zero_is_a_moving_average() -> None:
     generator = torch.Generator().manual_seed(0)
     gamma = 1 / (1 + math.exp(1.5))
-    average = KLDRO(gamma, state_dtype=F64)
+    average = KLDRO(gamma=gamma, state_dtype=F64)
     adaptive = KLDRO(log_alpha=-1.5, multiplier=0.0, state_dtype=F64)
     for _ in range(4):
         batch = losses_of(generator)
@@ -133,7 +133,7 @@ def test_losses_that_scent_never_expected_stay_finite() -> None:
 def test_weights_of_the_whole_set_are_its_softmax(tau: float) -> None:
     batch = losses_of(torch.Generator().manual_seed(0))
     want = torch.softmax((batch.scores - batch.targets) / tau, 0)
-    got = evaluate(KLDRO(0.1, tau, state_dtype=F64), batch).gradients["scores"]
+    got = evaluate(KLDRO(gamma=0.1, tau=tau, state_dtype=F64), batch).gradients["scores"]
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
@@ -150,7 +150,7 @@ def test_a_hard_row_alone_in_its_batch_outweighs_an_easy_one_only_through_the_pa
     """The book's case of a mini-batch of one row."""
 
     def last(gamma: float, loss: float) -> float:
-        objective = KLDRO(gamma, tau=1.0)
+        objective = KLDRO(gamma=gamma, tau=1.0)
         for value in (1.0, 1.0, 1.0, loss):
             result = evaluate(objective, Batch(torch.tensor([value]), torch.zeros(1)))
         return result.gradients["scores"].item()
@@ -165,7 +165,7 @@ def test_a_small_gamma_averages_the_sampling_of_rows_out() -> None:
     exact = torch.softmax(losses / 0.5, 0)
 
     def error(gamma: float) -> float:
-        objective, total = KLDRO(gamma, 0.5, state_dtype=F64), torch.zeros(60, dtype=F64)
+        objective, total = KLDRO(gamma=gamma, tau=0.5, state_dtype=F64), torch.zeros(60, dtype=F64)
         for _ in range(1000):
             rows = torch.randint(60, (4,), generator=generator)
             leaf = losses[rows].requires_grad_()
@@ -185,7 +185,7 @@ def test_training_ends_at_the_optimum_that_minibatches_miss() -> None:
         return (w - rows).square() / 2
 
     def trained(gamma: float) -> float:
-        objective, tail = KLDRO(gamma, 0.2, state_dtype=F64), 0.0
+        objective, tail = KLDRO(gamma=gamma, tau=0.2, state_dtype=F64), 0.0
         w = torch.zeros((), dtype=F64, requires_grad=True)
         for step in range(1500):
             rows = places[torch.randint(60, (4,), generator=generator)]
@@ -204,20 +204,20 @@ def test_training_ends_at_the_optimum_that_minibatches_miss() -> None:
 
 def test_another_temperature_starts_from_its_first_minibatch() -> None:
     first, second = (losses_of(torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    objective = KLDRO(0.1, tau=200.0)
+    objective = KLDRO(gamma=0.1, tau=200.0)
     evaluate(objective, first)
     objective.set_tau(5 / 3)
-    got, want = evaluate(objective, second), evaluate(KLDRO(0.1, tau=5 / 3), second)
+    got, want = evaluate(objective, second), evaluate(KLDRO(gamma=0.1, tau=5 / 3), second)
     assert torch.equal(got.loss, want.loss)
     assert_same(got.gradients, want.gradients)
     assert got.metrics["tau"].item() == pytest.approx(5 / 3)
 
 
 def test_a_resumed_run_keeps_the_temperature_of_its_stage() -> None:
-    objective = KLDRO(0.1, tau=200.0)
+    objective = KLDRO(gamma=0.1, tau=200.0)
     objective.set_tau(5 / 3)
     evaluate(objective, losses_of(torch.Generator().manual_seed(0)))
-    resumed = KLDRO(0.1, tau=200.0)
+    resumed = KLDRO(gamma=0.1, tau=200.0)
     resumed.load_state_dict(objective.state_dict())
     batch = losses_of(torch.Generator().manual_seed(1))
     assert torch.equal(evaluate(resumed, batch).loss, evaluate(objective, batch).loss)

@@ -90,7 +90,9 @@ def test_full_lists_are_the_cross_entropy_of_torch(gamma: float, tau: float) -> 
         total = total + F.cross_entropy(leaf[query == q] / tau, weight) / 6
     (want,) = torch.autograd.grad(total, leaf)
     items, relevant, _ = ranking_statistics(relevance, query)
-    objective = ListwiseCrossEntropy(len(scores), items, relevant, gamma, tau, state_dtype=F64)
+    objective = ListwiseCrossEntropy(
+        len(scores), items, relevant, gamma=gamma, tau=tau, state_dtype=F64
+    )
     for _ in range(2):  # while the scores stand, the second step is the same for any gamma
         got = evaluate(objective, whole(scores, relevance, query))
         torch.testing.assert_close(got.loss, total.detach(), rtol=1e-12, atol=0)
@@ -104,7 +106,7 @@ def test_a_small_gamma_averages_the_sampling_of_lists_out(size: float) -> None:
     scores = scores * (size / scores.std())
     items, relevant, _ = ranking_statistics(relevance, query)
     leaf, batch = scores.clone().requires_grad_(), whole(scores, relevance, query)
-    objective = ListwiseCrossEntropy(len(scores), items, relevant, 0.005, state_dtype=F64)
+    objective = ListwiseCrossEntropy(len(scores), items, relevant, gamma=0.005, state_dtype=F64)
     (want,) = torch.autograd.grad(objective.exact(leaf, relevance, query=query), leaf)
     total = torch.zeros_like(scores)
     for step in range(1200):

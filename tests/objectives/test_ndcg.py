@@ -133,7 +133,7 @@ def test_full_lists_have_the_gradient_of_the_objective_written_in_autograd(avera
     (want,) = torch.autograd.grad(loss, leaf)
     statistics = ranking_statistics(relevance, query)
     for gamma in (1.0, 0.1):  # the first visit makes u exact for any gamma
-        objective = NDCG(len(scores), *statistics, gamma, average=average, state_dtype=F64)
+        objective = NDCG(len(scores), *statistics, gamma=gamma, average=average, state_dtype=F64)
         got = evaluate(objective, whole(scores, relevance, query))
         torch.testing.assert_close(got.loss, loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(got.gradients["scores"], want, rtol=1e-10, atol=1e-13)
@@ -153,10 +153,10 @@ def test_the_fixed_point_does_not_depend_on_the_rate_of_relevant_items(pos: int,
     generator = torch.Generator().manual_seed(0)
     scores, relevance, query = toy(generator, queries=2, copies=8)
     items, relevant, ideal = ranking_statistics(relevance, query)
-    objective = NDCG(len(scores), items, relevant, ideal, 0.02, state_dtype=F64)
+    objective = NDCG(len(scores), items, relevant, ideal, gamma=0.02, state_dtype=F64)
     # what the plain mean of Algorithm 33, line 6, tracks: the sampler's share of relevant items
     sampled = (items * pos / (pos + neg)).long()
-    plain = NDCG(len(scores), items, sampled, ideal, 0.02, state_dtype=F64)
+    plain = NDCG(len(scores), items, sampled, ideal, gamma=0.02, state_dtype=F64)
     batch, leaf = whole(scores, relevance, query), scores.clone().requires_grad_()
     exact = objective.exact(leaf, relevance, query=query)
     (want,) = torch.autograd.grad(exact, leaf)
@@ -187,7 +187,7 @@ def test_a_small_gamma_averages_the_sampling_of_lists_out() -> None:
     batch = whole(scores, relevance, query)
 
     def figures(gamma: float) -> tuple[float, float, float]:
-        objective = NDCG(len(scores), *statistics, gamma, state_dtype=F64)
+        objective = NDCG(len(scores), *statistics, gamma=gamma, state_dtype=F64)
         exact = objective.exact(leaf, relevance, query=query)
         (want,) = torch.autograd.grad(exact, leaf)
         loss, total = 0.0, torch.zeros_like(scores)

@@ -100,7 +100,7 @@ class TestOPAUCOfSeveralLabels(TestOPAUC):
     def test_gamma_one_is_the_minibatch_loss(self) -> None:
         """Each label's exact value is that of the label by itself."""
         for batch in self.batches(2):
-            whole, single = self.build(), OPAUC(12, SHARE)
+            whole, single = self.build(), OPAUC(12, max_fpr=SHARE)
             own = [
                 single.exact(batch.scores[:, k], batch.targets[:, k])
                 for k in range(3)

@@ -106,7 +106,7 @@ def test_a_small_gamma_averages_the_sampling_of_negatives_out() -> None:
     (exact,) = torch.autograd.grad(whole.exact(leaf, targets), leaf)
 
     def cosine(gamma: float) -> float:
-        objective, total = OPAUCSoft(120, gamma, tau=0.1, state_dtype=F64), torch.zeros(120)
+        objective, total = OPAUCSoft(120, gamma=gamma, tau=0.1, state_dtype=F64), torch.zeros(120)
         for step in range(400):
             pos = torch.randperm(20, generator=generator)[:8]
             rows = torch.cat([pos, 20 + torch.randperm(100, generator=generator)[:8]])

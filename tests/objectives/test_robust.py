@@ -16,13 +16,13 @@ from tests.objectives.test_kl_dro import losses_of
 
 F64 = torch.float64
 BUILD: list[Callable[[], Objective]] = [
-    lambda: KLDRO(0.3, state_dtype=F64),
+    lambda: KLDRO(gamma=0.3, state_dtype=F64),
     lambda: KLDRO(log_alpha=-1.0, state_dtype=F64),
-    lambda: KLConstrainedDRO(0.3, tau_lr=0.1, state_dtype=F64),
-    lambda: CVaRDRO(0.3, nu_lr=0.1, state_dtype=F64),
-    lambda: CVaRDRO(0.3, nu_lr=0.1, eps=0.3, state_dtype=F64),
-    lambda: Chi2DRO(0.5, eta_lr=0.1, state_dtype=F64),
-    lambda: Chi2ConstrainedDRO(0.3, 0.4, eta_lr=0.1, state_dtype=F64),
+    lambda: KLConstrainedDRO(gamma=0.3, tau_lr=0.1, state_dtype=F64),
+    lambda: CVaRDRO(alpha=0.3, nu_lr=0.1, state_dtype=F64),
+    lambda: CVaRDRO(alpha=0.3, nu_lr=0.1, eps=0.3, state_dtype=F64),
+    lambda: Chi2DRO(lam=0.5, eta_lr=0.1, state_dtype=F64),
+    lambda: Chi2ConstrainedDRO(gamma=0.3, rho=0.4, eta_lr=0.1, state_dtype=F64),
 ]
 every = pytest.mark.parametrize("build", BUILD)
 MOVING_AVERAGES = pytest.mark.parametrize("build", [BUILD[0], *BUILD[2:]])

@@ -123,7 +123,7 @@ class TestTPAUCOfSeveralLabels(TestTPAUC):
     def test_gamma_one_is_the_minibatch_loss(self) -> None:
         """Each label's exact value is that of the label by itself."""
         for batch in self.batches(2):
-            whole, single = self.build(), TPAUC(12, 0.5, 0.4)
+            whole, single = self.build(), TPAUC(12, min_tpr=0.5, max_fpr=0.4)
             own = [
                 single.exact(batch.scores[:, k], batch.targets[:, k])
                 for k in range(3)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llm_xrisk.objectives import AveragePrecision
+from llm_xrisk.objectives import AveragePrecision, ObjectiveOutput
 from llm_xrisk.objectives.auc_margin import AUCMargin
 from llm_xrisk.optim import CompositionalTraining
 from llm_xrisk.optim.compositional import weights_at
@@ -209,7 +209,7 @@ def run(
     kind: Any, steps: range, saved: bytes | None, *, second_order: bool = True
 ) -> tuple[bytes, list[Tensor]]:
     """Compositional training; what a checkpoint holds, and every number of the run."""
-    model, objective = network(torch.float32), AUCMargin(0.3)
+    model, objective = network(torch.float32), AUCMargin(gamma=0.3)
     own = {"params": objective.parameters(), "weight_decay": 0.0}
     optimizer = kind([{"params": model.parameters()}, own], lr=0.05)
     training = CompositionalTraining(optimizer, tau=0.2, beta=0.4, second_order=second_order)
@@ -290,7 +290,7 @@ def test_training_raises_the_auc_of_a_toy(second_order: bool) -> None:
 
 
 def distributed_run(rank: int, bounds: list[int]) -> list[Any]:
-    model, objective = network(), AUCMargin(0.3, state_dtype=F64)
+    model, objective = network(), AUCMargin(gamma=0.3, state_dtype=F64)
     optimizer = torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.1)
     training = CompositionalTraining(optimizer, beta=0.5, second_order=True)
     for step in range(3):
@@ -338,3 +338,66 @@ def test_an_inner_loss_of_another_model_is_refused() -> None:
     training = CompositionalTraining(torch.optim.SGD([w], lr=0.1))
     with pytest.raises(ValueError, match="the inner loss reaches no parameter of the optimizer"):
         training.backward(lambda: other.sum(), lambda: w.sum())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (torch.ones(()), TypeError, r"must be a function that runs the model .* pass lambda: loss"),
+        (lambda w: None, ValueError, "must return a tensor, got None; return the loss itself"),
+        (lambda w: ObjectiveOutput(w.sum()), ValueError, "got a ObjectiveOutput; return output.lo"),
+        (lambda w: w * w, ValueError, r"return one loss with its graph, got .* \(2,\)"),
+        (
+            lambda w: w.sum().detach(),
+            ValueError,
+            "requires_grad=False; reduce it to a mean",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_loss_is_refused_by_its_place(
+    place: int, wrong: Any, error: type[Exception], message: str
+) -> None:
+    w = nn.Parameter(torch.ones(2))
+    functions: list[Any] = [lambda: w.sum(), lambda: w.sum()]
+    functions[place] = wrong if isinstance(wrong, Tensor) else lambda: wrong(w)
+    name = ("inner", "outer")[place]
+    with pytest.raises(error, match=rf"{name} .*{message}"):
+        CompositionalTraining(torch.optim.SGD([w], lr=0.1)).backward(*functions)
+    assert torch.equal(w, torch.ones(2))
+
+
+def test_an_outer_loss_of_another_model_is_refused() -> None:
+    w, other = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    training = CompositionalTraining(torch.optim.SGD([w], lr=0.1))
+    with pytest.raises(ValueError, match="the outer loss reaches no parameter of the optimizer"):
+        training.backward(lambda: w.sum(), lambda: other.sum())
+
+
+def test_outputs_that_both_losses_share_are_refused() -> None:
+    w = nn.Parameter(torch.ones(1))
+    output = (w * w).exp()
+    with pytest.raises(ValueError, match="run the model inside each of the two functions"):
+        CompositionalTraining(torch.optim.SGD([w], lr=0.1)).backward(
+            lambda: output.sum(), lambda: (output * 2).sum()
+        )
+
+
+@pytest.mark.parametrize("wrong", [None, "sgd", torch.optim.SGD, [nn.Parameter(torch.ones(1))]])
+def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="optimizer of CompositionalTraining must be a Optimizer"):
+        CompositionalTraining(wrong)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, r"got None; a checkpoint of CompositionalTraining has \['u'\]"),
+        ({"v": []}, r"got a state with \['v'\]; a checkpoint of CompositionalTraining has"),
+        ({"u": ["a"]}, "the checkpoint holds no tensors as moving averages"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(state: Any, message: str) -> None:
+    training = CompositionalTraining(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    with pytest.raises(ValueError, match=message):
+        training.load_state_dict(state)

@@ -278,3 +278,31 @@ def test_a_wrapper_in_place_of_the_optimizer_is_refused() -> None:
     inside = torch.optim.SGD([parameter(1.0)], lr=1.0)
     with pytest.raises(TypeError, match=r"Wrapper takes no hooks; .* its .optimizer"):
         ProximalPull(Wrapper(inside))
+
+
+@pytest.mark.parametrize("wrong", [None, "sgd", torch.optim.SGD, nn.Linear(1, 1)])
+def test_what_is_no_optimizer_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="optimizer of ProximalPull must be a Optimizer, got "):
+        ProximalPull(wrong)
+
+
+def test_a_second_pull_on_one_optimizer_is_refused() -> None:
+    optimizer = torch.optim.SGD([parameter(1.0)], lr=1.0)
+    first = ProximalPull(optimizer)
+    with pytest.raises(ValueError, match=r"has a ProximalPull already, .* call remove\(\)"):
+        ProximalPull(optimizer)
+    first.remove()
+    ProximalPull(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "got None; a checkpoint of ProximalPull has"),
+        ({"steps": 1}, r"got a state with \['steps'\]; a checkpoint of ProximalPull has"),
+        ({"steps": 1, "reference": "x", "mean": []}, "holds no tensors as reference weights"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(state: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProximalPull(torch.optim.SGD([parameter(1.0)], lr=1.0)).load_state_dict(state)
