@@ -5,6 +5,7 @@ from llm_xrisk.objectives.list_statistics import ranking_statistics
 from llm_xrisk.objectives.registry import *  # noqa: F403  the registry's names are the public ones
 from llm_xrisk.objectives.registry import OBJECTIVES
 from llm_xrisk.objectives.sequence import SequenceObjective
+from llm_xrisk.objectives.temperature_network import TemperatureNetwork
 from llm_xrisk.objectives.temperatures import (
     ConstantTemperature,
     GlobalTemperature,
@@ -21,6 +22,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "ObjectiveOutput",
     "SequenceObjective",
     "Temperature",
+    "TemperatureNetwork",
     "ranking_statistics",
     *OBJECTIVES,
 ]

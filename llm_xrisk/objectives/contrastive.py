@@ -35,7 +35,7 @@ class GlobalContrastive(ContrastiveObjective):
         num_samples: n, the number of samples.
         gamma: Weight of the new mini-batch value in (0, 1]; 0.9 in the authors' recipe, for
             small batches a cosine schedule down to 0.2.
-        tau: Temperature > 0; 0.1 in the authors' recipe.
+        tau: Temperature > 0, or a module that does not learn; 0.1 in the authors' recipe.
         eps: Added to u inside the logarithm, Algorithm 34's epsilon >= 0.
         state_dtype: dtype of the state.
 
@@ -49,7 +49,7 @@ class GlobalContrastive(ContrastiveObjective):
     sample are never each other's negatives, also where the sample stands twice in a batch.
 
     Raises:
-        ValueError: gamma outside (0, 1], tau <= 0, eps < 0, or a missing index.
+        ValueError: gamma outside (0, 1], tau <= 0 or one that learns, eps < 0, or a missing index.
 
     Example:
         >>> objective = GlobalContrastive(num_samples=2, tau=0.5)
@@ -72,17 +72,23 @@ class GlobalContrastive(ContrastiveObjective):
         self,
         num_samples: int,
         gamma: float | GammaSchedule = 0.9,
-        tau: float = 0.1,
+        tau: float | Temperature = 0.1,
         *,
         eps: float = 0.0,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if tau <= 0 or eps < 0:
+        if eps < 0 or (not isinstance(tau, Temperature) and tau <= 0):
             raise ValueError(f"need tau > 0 and eps >= 0, got tau={tau} and eps={eps}")
         self.log_eps = math.log(eps) if eps else -math.inf
         self.num_samples = num_samples
         self.temperature = as_temperature(tau)
+        if self.temperature.learned:  # u of h_i^T h_j would be of another size at another tau
+            kind = type(tau).__name__
+            raise ValueError(
+                f"{type(self).__name__} needs a tau that stays, got a {kind}; pass "
+                f"RobustGlobalContrastive(num_samples, temperature={kind}(...))"
+            )
         self.inner = InnerEstimator(num_samples, gamma, log=True, state_dtype=state_dtype)
 
     def forward(
@@ -91,6 +97,7 @@ class GlobalContrastive(ContrastiveObjective):
         """Return the objective of the joined views; see the class."""
         first, second, ids = self.joined(scores, targets, index)
         both = torch.cat([ids, ids])
+        self.temperature.begin(torch.cat([second, first]), both)
         tau, views = self._views(first, second, both)
         log_u = self.inner(views.log_g, both, where=views.anchors)
         loss = self._loss(views, log_u, tau)

@@ -34,6 +34,8 @@ class MinibatchContrastive(ContrastiveObjective):
         """Return the loss of the joined rows; see the class."""
         ids = None if index is None else require_index(self, index)
         first, second, ids = self.joined(scores, targets, ids)
+        own = torch.arange(len(first), device=first.device) if ids is None else ids
+        self.temperature.begin(torch.cat([second, first]), torch.cat([own, own]))
         loss, tau, rows = self._loss(first, second, ids)
         return ObjectiveOutput(loss, rows.metrics(loss, tau))
 

@@ -5,7 +5,7 @@ gradient in the features is two products of the shares with the features.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ class ContrastiveObjective(Objective):
         count = tuple(given["scores"].shape[:1])
         width = tuple(given["scores"].shape[1:2]) or ("d",)
         need = {name: count if name == "index" else (*count, *width) for name in given}
+        if "ref_scores" in given:  # another model's features, of its own width
+            own = tuple(given["ref_scores"].shape[1:2]) or ("d_ref",)
+            need |= dict.fromkeys(("ref_scores", "ref_targets"), (*count, *own))
         if any(tuple(t.shape) != need[name] for name, t in given.items()):
             raise wrong_shapes(self, given, {n: ("rows", *s[1:]) for n, s in need.items()})
 
@@ -57,6 +60,7 @@ class Contrast:
         count: (B,) number of negatives.
         anchors: (B,) whether there are any.
         positive: (B,) similarity to the positive, with gradient.
+        reference: (B,) a reference model's similarity to it, subtracted as in ``log_g``.
     """
 
     log_g: Tensor
@@ -65,35 +69,31 @@ class Contrast:
     count: Tensor
     anchors: Tensor
     positive: Tensor
+    reference: Tensor | None = None
 
     def relative(self, tau: Tensor) -> "Contrast":
         """The same for l_j = s_j - s_positive in place of l_j = s_j."""
-        shift = self.positive / tau if tau.dim() == 1 else self.positive[:, None] / tau
-        energy = self.energy - shift.detach()
-        return Contrast(
-            self.log_g - shift, energy, self.fraction, self.count, self.anchors, self.positive
-        )
+        own = self.positive if self.reference is None else self.positive - self.reference
+        shift = own / tau if tau.dim() == 1 else own[:, None] / tau
+        return replace(self, log_g=self.log_g - shift, energy=self.energy - shift.detach())
 
     def metrics(self, loss: Tensor, tau: Tensor, log_u: Tensor | None = None) -> dict[str, Tensor]:
         """What to log of a mini-batch, detached."""
         with torch.no_grad():
             anchors = self.anchors if tau.dim() == 1 else self.anchors[:, None].expand_as(tau)
-            tracked = (
-                {}
-                if log_u is None
-                else {
-                    "log_u/mean": observed_mean(log_u, anchors),
-                    "log_u/max": observed_max(log_u.flatten(), anchors.flatten()),
-                }
-            )
-            return {
+            told = {
                 "objective": loss.detach(),
-                **tracked,
                 "negatives/effective_fraction": observed_mean(self.fraction, anchors),
                 "similarity/positive": self.positive.mean(),
                 "tau/mean": tau.mean(),
                 "skipped": (~self.anchors.any()).to(tau.dtype),
             }
+            if log_u is not None:
+                told["log_u/mean"] = observed_mean(log_u, anchors)
+                told["log_u/max"] = observed_max(log_u.flatten(), anchors.flatten())
+            if self.reference is not None:
+                told["similarity/reference"] = self.reference.mean()
+            return told
 
     def temperature_gradient(self, log_u: Tensor, rho: float) -> Tensor:
         """Algorithm 35, line 7: log u + rho - mean_j p_j l_j / tau, with p_j = exp(l_j / tau) / u.
@@ -125,9 +125,17 @@ def contrast_views(views: Tensor, ids: Tensor, tau: Tensor, *, learned: bool) ->
 
 
 def contrast_pairs(
-    first: Tensor, second: Tensor, ids: Tensor, tau: Tensor, *, learned: bool
+    first: Tensor,
+    second: Tensor,
+    ids: Tensor,
+    tau: Tensor,
+    *,
+    learned: bool,
+    reference: tuple[Tensor, Tensor] | None = None,
 ) -> Contrast:
     """Inner values of B pairs, each side against the other sides of all other samples; l = s.
+
+    With the sides of a reference model l is the similarity less that of the reference.
 
     Args:
         first: (B, d) of length 1; their inner values are column 0.
@@ -135,10 +143,14 @@ def contrast_pairs(
         ids: (B,) their samples.
         tau: (B, 2).
         learned: Whether the gradient in tau is needed.
+        reference: Both (B, d_ref), without gradient.
     """
-    positive = (first * second).sum(-1)
+    positive, known = (first * second).sum(-1), None
     with torch.no_grad():
         similarity = first @ second.T
+        if reference is not None:
+            similarity.addmm_(reference[0], reference[1].T, alpha=-1)
+            known = (reference[0] * reference[1]).sum(-1)
         own, count = _own(ids, first.dtype)
         columns = similarity.T.clone(memory_format=torch.contiguous_format)
         exponents = (similarity.div_(tau[:, :1]), columns.div_(tau[:, 1:]))
@@ -147,7 +159,7 @@ def contrast_pairs(
         slopes = [side[1].div_(t[:, None]) for side, t in zip(sides, tau.unbind(-1), strict=True)]
     log_g = with_cross_gradient(first, second, log_g, *slopes)
     log_g = _with_temperature_gradient(log_g, energy, tau)
-    return Contrast(log_g, energy, fraction, count, count > 0, positive)
+    return Contrast(log_g, energy, fraction, count, count > 0, positive, known)
 
 
 def normalised(features: Tensor) -> Tensor:

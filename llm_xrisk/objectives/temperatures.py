@@ -1,9 +1,9 @@
 """Temperatures of contrastive objectives: constant, learned for all, learned for each sample.
 
 Each is a module that maps the anchors' features and sample ids to one tau a row. A network that
-predicts tau is another: its ``forward`` takes the same features, which carry no gradient, and
-returns (R,) with the gradient of its weights. ``rho`` is the bound on KL(p, uniform) of (6.45)
-that a learned tau is the multiplier of.
+predicts tau (:mod:`~llm_xrisk.objectives.temperature_network`) is another: its ``forward`` takes
+the same features, which carry no gradient, and returns (R,) with the gradient of its weights.
+``rho`` is the bound on KL(p, uniform) of (6.45) that a learned tau is the multiplier of.
 """
 
 import math
@@ -41,6 +41,9 @@ class Temperature(KeepsDtype):
     def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
         """Return tau (R,) of the anchors with ``features`` (R, d), detached, and ids ``index``."""
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def begin(self, partners: Tensor, index: Tensor) -> None:
+        """See what the anchors are contrasted with (R, d), once before a training step's tau."""
 
     def step(self, z: Tensor, index: Tensor, where: Tensor) -> None:
         """Move the taus kept here against their gradient ``z`` (R,) on the rows ``where``."""

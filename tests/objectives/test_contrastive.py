@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from llm_xrisk.objectives import GlobalContrastive, Objective
 from llm_xrisk.objectives.contrastive_robust import RobustGlobalContrastive
-from llm_xrisk.objectives.temperatures import ConstantTemperature
+from llm_xrisk.objectives.temperatures import ConstantTemperature, GlobalTemperature
 from tests.contract import Batch, ObjectiveContract, evaluate
 from tests.reference import contrastive as reference
 
@@ -140,3 +140,18 @@ def test_the_averaged_gradient_has_direction_and_scale_of_the_exact_one(
 def test_bad_settings_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"need tau > 0 and eps >= 0, got tau=.* and eps="):
         GlobalContrastive(num_samples=3, **options)
+
+
+def test_a_tau_that_learns_is_refused_with_the_way_out() -> None:
+    message = r"needs a tau that stays, got a GlobalTemperature; pass RobustGlobal.*temperature="
+    with pytest.raises(ValueError, match=message):
+        GlobalContrastive(num_samples=3, tau=GlobalTemperature(0.1))
+
+
+def test_a_constant_temperature_is_its_number() -> None:
+    first, second = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    number, module = (
+        GlobalContrastive(4, tau=tau)(first, second, index=torch.arange(4)).loss
+        for tau in (0.2, ConstantTemperature(0.2))
+    )
+    assert torch.equal(number, module)

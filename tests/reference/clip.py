@@ -1,4 +1,4 @@
-"""Algorithm 35 on both sides of (6.48), and the mini-batch losses (6.38) to (6.40)."""
+"""Algorithm 35 on both sides of (6.48) and (6.121), and the mini-batch losses (6.38) to (6.40)."""
 
 import math
 from collections.abc import Callable
@@ -19,13 +19,16 @@ def step(
     tau: Taus,
     rho: float = 0.0,
     eps: float = 0.0,
+    reference: tuple[list[Vector], list[Vector]] | None = None,
 ) -> tuple[float, list[Vector], list[Vector], Taus]:
     """One step: loss, gradients in the features, z of each tau of each side; ``u`` is updated.
 
-    ``tau`` holds those of the images and those of the texts, row by row.
+    ``tau`` holds those of the images and those of the texts, row by row; ``reference`` the
+    reference model's features of both.
     """
     size = len(images)
     pairs, rows = Embeddings(images + texts), range(len(images))
+    known = None if reference is None else Embeddings(reference[0] + reference[1])
     partner: list[Callable[[int, int], tuple[int, int]]] = [
         lambda i, j: (i, size + j),  # image i with text j
         lambda i, j: (j, size + i),  # text i with image j
@@ -34,8 +37,11 @@ def step(
     for side in (0, 1):
 
         def difference(i: int, j: int, side: int = side) -> float:
-            """l of (6.48)."""
-            return pairs.similarity(*partner[side](i, j)) - pairs.similarity(i, size + i)
+            """l of (6.48), or that less the reference's of (6.121)."""
+            own = pairs.similarity(*partner[side](i, j)) - pairs.similarity(i, size + i)
+            if known is None:
+                return own
+            return own - (known.similarity(*partner[side](i, j)) - known.similarity(i, size + i))
 
         terms = [[j for j in rows if sample[j] != sample[i]] for i in rows]  # line 5
         values = [[math.exp(difference(i, j) / tau[side][i]) for j in terms[i]] for i in rows]
