@@ -99,7 +99,7 @@ bench: venv ## run the benchmarks of speed that need no GPU; they print ratios
 # LIBAUC=PATH runs LibAUC beside imbalanced.py, by the interpreter of an environment of its own; see libauc_peer.py.
 bench-outcomes: venv ## what the classic X-risks come to on real data: half an hour to an hour each, resumable
 	$(PIP) install --quiet "scikit-learn>=1.5" "lightgbm>=4.5"
-	for name in contrastive extreme_classification ranking "imbalanced $(if $(LIBAUC),--libauc-python $(LIBAUC))"; do \
+	for name in contrastive clip extreme_classification ranking "imbalanced $(if $(LIBAUC),--libauc-python $(LIBAUC))"; do \
 		set -- $$name; script=$$1; shift; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py "$$@" || exit 1; done
 
 lock: ## rewrite requirements/lock.txt from .venv, keeping its heading
