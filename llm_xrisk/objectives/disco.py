@@ -5,14 +5,8 @@ from torch import Tensor
 
 from llm_xrisk.fcco.groups import group_mean, group_sum, slots
 from llm_xrisk.objectives.base import ObjectiveOutput
-from llm_xrisk.objectives.pairs import (
-    differences,
-    effective_fraction,
-    logmeanexp,
-    rows_of,
-    same_group,
-    with_pair_gradient,
-)
+from llm_xrisk.objectives.log_means import effective_fraction, logmeanexp
+from llm_xrisk.objectives.pairs import differences, rows_of, same_group, with_pair_gradient
 from llm_xrisk.objectives.reductions import observed_mean
 from llm_xrisk.objectives.scores import KL_TERMS, SCORES
 from llm_xrisk.objectives.sequence import SequenceObjective, effective_in_group, kl_statistics

@@ -9,6 +9,7 @@ from llm_xrisk.fcco.groups import distinct, group_sum, readable, slots
 from llm_xrisk.objectives.base import Objective
 from llm_xrisk.objectives.pairs import rows_of
 from llm_xrisk.objectives.reductions import masked_mean, widened
+from llm_xrisk.objectives.refusals import check_grades
 
 Average = Literal["queries", "pairs"]
 
@@ -154,7 +155,7 @@ class ListObjective(Objective):
                 f"query ids {low} to {high} are out of range for {count} queries; number them "
                 "0..Q-1 and pass all to ranking_statistics"
             )
-        check_grades(self, targets)
+        check_grades(type(self).__name__, targets)
         scores, targets, ids, own = self.joined(scores, targets, index, query=query)
         return scores, targets, ids, own, self.list_rows(scores, targets, ids, own)
 
@@ -163,7 +164,7 @@ class ListObjective(Objective):
     ) -> tuple[Tensor, ListRows]:
         """Check rows that nothing is to be joined to; without an index they are distinct items."""
         self.check_shapes(scores=scores, targets=targets, query=query, index=index)
-        check_grades(self, targets)
+        check_grades(type(self).__name__, targets)
         ids = torch.arange(len(query), device=query.device) if index is None else index
         scores = widened(scores)
         return scores, self.list_rows(scores, targets, ids, query)
@@ -205,16 +206,3 @@ class ListObjective(Objective):
             "relevant/usable": usable / relevant.sum(),
             "skipped": (usable == 0).to(loss.dtype),
         }
-
-
-def check_grades(objective: Objective, targets: Tensor) -> None:
-    """Refuse grades of relevance that are none; on a CPU, where reading them costs no wait.
-
-    Raises:
-        ValueError: a grade below 0 or NaN.
-    """
-    if readable(targets) and targets.numel() and not bool((targets >= 0).all()):
-        raise ValueError(
-            f"{type(objective).__name__} needs grades of relevance >= 0 as targets, got one below "
-            "0 or NaN; 0 is irrelevant"
-        )

@@ -11,7 +11,8 @@ from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import ObjectiveOutput, later
 from llm_xrisk.objectives.list_statistics import check_statistics, ranking_statistics
 from llm_xrisk.objectives.lists import Average, ListObjective, ListRows
-from llm_xrisk.objectives.pairs import differences, logsumexp, with_pair_gradient
+from llm_xrisk.objectives.log_means import logsumexp
+from llm_xrisk.objectives.pairs import differences, with_pair_gradient
 from llm_xrisk.objectives.reductions import observed_mean
 
 

@@ -1,6 +1,6 @@
 """NDCG of the first K places (section 6.4.4)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -119,15 +119,9 @@ class TopKNDCG(NDCG):
                 f"> 0, got {top_k}, {eps}, {gamma_hessian}, {alpha}, {lr}, {tau1} and {tau2}"
             )
         self._places = top_k  # whose ideal gains NDCG asks for
-        lists = num_items, num_relevant, ideal_dcg
-        super().__init__(
-            num_samples,
-            *lists,
-            gamma=gamma,
-            surrogate=surrogate,
-            average=average,
-            state_dtype=state_dtype,
-        )
+        shared: dict[str, Any] = {"surrogate": surrogate, "average": average, "gamma": gamma}
+        shared["state_dtype"] = state_dtype
+        super().__init__(num_samples, num_items, num_relevant, ideal_dcg, **shared)
         self.top_k, self.alpha, self.eps, self.tau1, self.tau2 = top_k, alpha, eps, tau1, tau2
         self.implicit, count = gradient == "theoretical", len(num_items)
         if approach == "bilevel":
@@ -212,9 +206,7 @@ class TopKNDCG(NDCG):
             else:
                 above = (fixed > old).to(fixed.dtype)
             slope = level - weight @ above
-            if known is not None:
-                thresholds.begin(place[lists.rows], own, longer & ~known)
-            thresholds.step(slope, own, where=longer if known is None else longer & known)
+            thresholds.advance(place[lists.rows], slope, own, longer, known)
             place = thresholds(keys).to(fixed.dtype)
         ahead = (fixed - place).index_select(0, lists.rows)
         return ahead + self._rise(scores, place, weight, lists, longer) if self.implicit else ahead

@@ -6,7 +6,8 @@ from torch import Tensor
 from llm_xrisk.fcco import InnerEstimator
 from llm_xrisk.fcco.schedules import GammaSchedule
 from llm_xrisk.objectives.base import Objective, ObjectiveOutput, later
-from llm_xrisk.objectives.pairs import Pairs, effective_fraction, logmeanexp
+from llm_xrisk.objectives.log_means import effective_fraction, logmeanexp
+from llm_xrisk.objectives.pairs import Pairs
 from llm_xrisk.objectives.reductions import observed_max, observed_mean, widened
 from llm_xrisk.objectives.surrogates import SQUARED_HINGE, Surrogate
 

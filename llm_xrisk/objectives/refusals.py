@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from llm_xrisk.fcco.groups import readable
+
 
 def check_binary(objective: str, targets: Tensor) -> None:
     """Refuse targets other than 0 and 1, -1 and 1, or booleans; reads them on the host.
@@ -27,6 +29,19 @@ def check_binary(objective: str, targets: Tensor) -> None:
             f"{objective} needs targets 0 or 1 (or -1 and 1, or booleans), got "
             f"{sorted({float(v) for v in listed})[:8]}; threshold them first, for example "
             "(targets >= 0.5)"
+        )
+
+
+def check_grades(objective: str, targets: Tensor) -> None:
+    """Refuse grades of relevance that are none; on a CPU, where reading them costs no wait.
+
+    Raises:
+        ValueError: a grade below 0 or NaN.
+    """
+    if readable(targets) and targets.numel() and not bool((targets >= 0).all()):
+        raise ValueError(
+            f"{objective} needs grades of relevance >= 0 as targets, got one below 0 or NaN; "
+            "0 is irrelevant"
         )
 
 

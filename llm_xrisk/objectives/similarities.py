@@ -13,8 +13,9 @@ from torch import Tensor
 
 from llm_xrisk.fcco.groups import group_sum, slots
 from llm_xrisk.objectives.base import Objective, wrong_shapes
+from llm_xrisk.objectives.log_means import effective_fraction, logsumexp
 from llm_xrisk.objectives.pair_gradients import with_cross_gradient, with_similarity_gradient
-from llm_xrisk.objectives.pairs import effective_fraction, logsumexp, same_group
+from llm_xrisk.objectives.pairs import same_group
 from llm_xrisk.objectives.reductions import observed_max, observed_mean
 
 EXCLUDED = 1e30

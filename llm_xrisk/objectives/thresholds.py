@@ -27,12 +27,20 @@ class Thresholds(PerSampleDual):
         """(A,) whether each query was visited before."""
         return self.visited.index_select(0, query.index)
 
-    def begin(self, start: Tensor, query: Keys, where: Tensor) -> None:
-        """Begin at ``start`` (A,) with the queries of the rows ``where``."""
-        mean, count = group_mean(start.to(self.value.dtype), query.slots, where)
-        first, index = count > 0, query.index
-        self.value.index_copy_(0, index, torch.where(first, mean, self.value[index]))
-        self.visited.index_copy_(0, index, self.visited[index] | first)
+    def advance(
+        self, start: Tensor, slope: Tensor, query: Keys, where: Tensor, known: Tensor | None
+    ) -> None:
+        """Step by ``slope`` where the query is known, begin at ``start`` where not; by row (A,).
+
+        ``known`` is None where all are.
+        """
+        if known is not None:
+            mean, count = group_mean(start.to(self.value.dtype), query.slots, where & ~known)
+            first, index = count > 0, query.index
+            self.value.index_copy_(0, index, torch.where(first, mean, self.value[index]))
+            self.visited.index_copy_(0, index, self.visited[index] | first)
+            where = where & known
+        self.step(slope, query, where=where)
 
 
 def upper_quantile(scores: Tensor, weight: Tensor, slot: Tensor, level: Tensor) -> Tensor:
