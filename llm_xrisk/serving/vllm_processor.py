@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_xrisk.serving.division import divide_logits
 from llm_xrisk.serving.tempnet_folder import NO, SETTING, said, tempnet_folder
 
 _INTERFACES = ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor")
@@ -129,7 +128,8 @@ class TempNetVLLMProcessor(*_interfaces()):  # pyright: ignore[reportGeneralType
             mask = None if mask is None else mask[ctx.expanded_idx_mapping]
         tau = self.net.predict(logits).nan_to_num_(nan=1.0)  # NaN must not end a server
         tau = tau if mask is None else tau.where(mask, 1.0)
-        return divide_logits(logits, tau).to(logits.dtype)
+        # which logit is the largest matters to greedy requests, and these are not divided
+        return (logits / tau.unsqueeze(1)).to(logits.dtype)
 
     def _table(self, size: int) -> Tensor:
         return torch.tensor([k in self.tempered for k in range(size)], device=self.device)
