@@ -13,12 +13,13 @@ LOCKED := .venv/.locked-$(EXTRA)
 STAMP  := .venv/.installed-$(EXTRA)
 PYTEST  = $(BIN)/python -m pytest $(if $(K),-k "$(K)")
 FAST    = -m "not dist and not vllm and not slow"
-APART   = --ignore=tests/reward --ignore=tests/objectives
+USED    = tests/recipes tests/trl $(wildcard tests/test_*_benchmark.py)
+APART   = $(addprefix --ignore=,tests/reward tests/objectives $(USED))
 PUBLIC  = $(wildcard llm_xrisk reward recipes tests benchmarks)
 BROKEN := torchvision torchaudio torchcodec
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-seeds test test-fast test-objectives test-reward test-dist \
+.PHONY: help venv quickstart quickstart-seeds test test-fast test-objectives test-recipes test-reward test-dist \
         test-vllm test-slow check test-matrix bench bench-outcomes lock clean
 
 help: ## list the targets
@@ -53,16 +54,19 @@ quickstart-seeds: venv ## the main job over 5 seeds with paired intervals, writt
 		--results_file benchmarks/results/quickstart-seeds-cpu.json
 
 test: venv ## every tier, in order; fails if one of them fails
-	@failed=; for tier in fast objectives reward dist vllm; do \
+	@failed=; for tier in fast objectives recipes reward dist vllm; do \
 		$(MAKE) --no-print-directory test-$$tier || failed="$$failed $$tier"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED tiers:$$failed"; exit 1; else echo "all tiers passed"; fi
 
-test-fast: venv ## one process, no vLLM, no objectives, no verifiers: three minutes at most
+test-fast: venv ## one process: the core, data, models, trainers: three minutes at most
 	$(PYTEST) $(FAST) $(APART) --durations=5
 
 test-objectives: venv ## every objective's contract: loops, precision, labels, resume, compilation
 	$(PYTEST) $(FAST) tests/objectives --durations=5
+
+test-recipes: venv ## recipes, benchmarks and TRL pipelines, run as a user runs them
+	$(PYTEST) $(FAST) $(USED) --durations=5
 
 test-reward: venv ## the verifiers: hostile answers, worker pools, sandboxes
 	$(PYTEST) tests/reward -m "not slow" --durations=5
@@ -94,12 +98,12 @@ test-matrix: ## test-fast and test-objectives on the oldest and the newest depen
 	if [ -n "$$failed" ]; then echo "FAILED with:$$failed"; exit 1; fi
 
 bench: venv ## run the benchmarks of speed that need no GPU; they print ratios
-	for name in objectives trl_step verifier; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in objectives trl_step verifier serving; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # LIBAUC=PATH runs LibAUC beside imbalanced.py, by the interpreter of an environment of its own; see libauc_peer.py.
 bench-outcomes: venv ## what the classic X-risks come to on real data: half an hour to an hour each, resumable
 	$(PIP) install --quiet "scikit-learn>=1.5" "lightgbm>=4.5"
-	for name in contrastive clip extreme_classification ranking "imbalanced $(if $(LIBAUC),--libauc-python $(LIBAUC))"; do \
+	for name in contrastive clip drrho extreme_classification ranking tempnet "imbalanced $(if $(LIBAUC),--libauc-python $(LIBAUC))"; do \
 		set -- $$name; script=$$1; shift; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$script.py "$$@" || exit 1; done
 
 lock: ## rewrite requirements/lock.txt from .venv, keeping its heading
