@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/drrho.py`: its methods and settings, its data, and a run."""
