@@ -7,6 +7,8 @@ from torch import Tensor
 
 from llm_xrisk.objectives.robust import GlobalDual, RobustObjective
 
+RARE = 1e-3
+
 
 class CVaRDRO(RobustObjective):
     r"""Mean of the k largest losses, by SGD on a threshold nu: trains on the hardest rows.
@@ -37,6 +39,10 @@ class CVaRDRO(RobustObjective):
     for the first mini-batch, the (1 - alpha) quantile, instead of at 0.
     Rows at l_i = nu, where any weight up to 1 / alpha is a subgradient, get the one that makes
     the mean weight 1 if it exists, so that the first step is that of the batch's own top rows.
+    Losses that fall faster than nu_lr would leave every row without a weight, and training would
+    stand still until nu has followed. So nu begins anew where no row of a batch exceeds it though
+    at its best value that happens to less than one batch in 1,000; with alpha = 1 it is never
+    above the smallest loss.
 
     Raises:
         ValueError: alpha or nu_beta outside (0, 1], nu_lr <= 0, eps < 0.
@@ -72,6 +78,8 @@ class CVaRDRO(RobustObjective):
     def estimate(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """(6.117) at nu, and the weights 1[l_i > nu] / alpha."""
         nu = self.nu.begun_at(self._best_nu, losses)
+        if (1 - self.alpha) ** losses.numel() < RARE:  # a size, known without looking
+            nu = self.nu.restarted(self._left_behind(nu, losses), self._best_nu, losses)
         value, weights = self._at(nu, losses)
         self.nu.descend(1 - weights.mean())
         return value, weights
@@ -83,6 +91,12 @@ class CVaRDRO(RobustObjective):
     def state_metrics(self) -> dict[str, Tensor]:
         """The threshold."""
         return {"nu": self.nu.current()}
+
+    def _left_behind(self, nu: Tensor, losses: Tensor) -> Tensor:
+        """Whether rows that count are below the threshold as no chance would have it, ()."""
+        if self.alpha == 1:
+            return self._best_nu(losses) < nu
+        return ~(losses > nu).any()
 
     def _at(self, nu: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Value and weights at a threshold."""

@@ -133,6 +133,17 @@ class GlobalDual(PerSampleDual):
         return value[0]
 
     @torch.no_grad()
+    def restarted(self, where: Tensor, best: Callable[[Tensor], Tensor], losses: Tensor) -> Tensor:
+        """The value (), set to a finite ``best(losses)`` ``where`` () it holds; as begun_at."""
+        if readable(where) and not bool(where):
+            return self.value[0].clone()
+        found = best(losses).to(self.value.dtype)
+        value = torch.where(where & found.isfinite(), found, self.value)
+        if self.training:
+            self.value.copy_(value)
+        return value[0]
+
+    @torch.no_grad()
     def descend(self, grad: Tensor) -> None:
         """Take one projected step against ``grad`` (), which :meth:`step` does for many keys."""
         if self.training:

@@ -112,6 +112,38 @@ def test_the_value_is_the_mean_of_the_largest_losses(k: int) -> None:
     torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("eps", [0.0, 0.4])
+def test_losses_that_fall_below_the_threshold_go_on_training(alpha: float, eps: float) -> None:
+    generator, u = torch.Generator().manual_seed(0), dict[int, float]()
+    objective = CVaRDRO(alpha=alpha, eps=eps, state_dtype=F64)
+    for fall in (0.0, 0.5, 10.0, 10.01, 20.0):
+        losses = torch.randn(40, generator=generator, dtype=F64) - fall
+        result = evaluate(objective, Batch(losses, torch.zeros(40, dtype=F64)))
+        loss, gradient = reference.step(
+            losses.tolist(), [0.0] * 40, u, alpha=alpha, lr=0.01, eps=eps
+        )
+        assert result.loss.item() == pytest.approx(loss, rel=1e-9)
+        assert result.gradients["scores"].tolist() == pytest.approx(gradient, rel=1e-7, abs=1e-9)
+        assert result.gradients["scores"].sum().item() > 0.1
+
+
+def test_all_rows_are_the_mean_loss_whatever_the_losses_do() -> None:
+    objective = CVaRDRO(alpha=1.0)
+    for losses in ([3.0, 4.0, 5.0, 6.0], [2.0, 2.5, 2.7, 2.9], [1.0, 9.0, 2.0, 0.5]):
+        result = evaluate(objective, Batch(torch.tensor(losses), torch.zeros(4)))
+        assert result.loss.item() == pytest.approx(sum(losses) / 4, rel=1e-6)
+        assert result.gradients["scores"].tolist() == pytest.approx([0.25] * 4)
+
+
+def test_a_batch_without_a_top_row_does_not_move_a_small_share() -> None:
+    objective = CVaRDRO(alpha=0.01, nu_lr=0.1)
+    evaluate(objective, Batch(torch.tensor([1.0, 5.0]), torch.zeros(2)))
+    result = evaluate(objective, Batch(torch.tensor([1.0, 2.0]), torch.zeros(2)))
+    assert result.gradients["scores"].tolist() == [0.0, 0.0]  # no top row among two is no news
+    assert objective.nu.value.item() < 5.0
+
+
 def test_a_share_between_two_rows_counts_a_part_of_one() -> None:
     losses = torch.tensor([4.0, 1.0, 2.0, 8.0])
     result = evaluate(CVaRDRO(alpha=0.375), Batch(losses, torch.zeros(4)))  # 1.5 rows

@@ -27,6 +27,10 @@ def step(
     places = alpha * size
     if NU not in u:
         u[NU] = best_nu(rho_loss, places, eps)
+    if (1 - alpha) ** size < 1e-3:  # else a batch may well have no row above the right nu
+        best = best_nu(rho_loss, places, eps)
+        if best < u[NU] if alpha == 1 else max(rho_loss) <= u[NU]:
+            u[NU] = best
     value, slopes = u[NU], []
     for loss in rho_loss:
         if eps > 0:
