@@ -1,5 +1,6 @@
 """TempNet as a trainer: a temperature network for a language model, frozen or trained with it."""
 
+import logging
 import math
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,8 @@ from llm_xrisk.trainers.tempnet_model import FrozenModel, TemperedModel, own_nam
 _LOADING = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _OPTIMIZER_FILE = "optimizer.pt"
 _NEAR = 0.01  # of the range of tau: what counts as at a bound
+_FLAT = 0.01  # of tau: what counts as one temperature for all
+logger = logging.getLogger(__name__)
 
 
 class TempNetTrainer(ScoreWeighBackprop, Trainer):
@@ -208,8 +211,14 @@ class TempNetTrainer(ScoreWeighBackprop, Trainer):
         averages, ends = super()._averages(mode), self._ends.pop(mode, None)
         if ends is None:
             return averages
-        smallest, largest = ends.tolist()
-        return averages | {"tau/min": -smallest, "tau/max": largest}
+        smallest, largest = -ends[0].item(), ends[1].item()
+        if mode == "eval" and largest < (1 + _FLAT) * smallest:  # dropout spreads those of training
+            logger.warning(
+                "the TempNet gives every token the temperature %.3f, as a constant does; a new one "
+                "starts so: train longer or raise tempnet_learning_rate (%g)",
+                *(largest, self.args.tempnet_learning_rate),
+            )
+        return averages | {"tau/min": smallest, "tau/max": largest}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and end a run whose loss is no number.

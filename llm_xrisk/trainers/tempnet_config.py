@@ -35,7 +35,8 @@ class TempNetTrainingConfig(ScoreConfig):
             ``rho = log V - entropy``. Give one of the two; 1.9 is rho = 8.5 at V = 32000.
         train_model: Train the language model too, with the gradient softmax(s / tau) - onehot;
             otherwise it is frozen and the labels do not matter.
-        tempnet_learning_rate: AdamW's step size for the TempNet.
+        tempnet_learning_rate: AdamW's step size for the TempNet. The authors' 1e-4 is for tens of
+            thousands of steps; 1e-2 suits a thousand.
         learning_rate: AdamW's step size for the language model, with ``train_model`` only (2e-5).
         tempnet: Folder of a TempNet to start from; by default a new one.
         tempnet_hidden_size: Width of a new TempNet's hidden layers (256).
