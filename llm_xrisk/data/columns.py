@@ -1,4 +1,4 @@
-"""The data set columns that a reward function asks for."""
+"""What a data set must hold: rows that can be counted, the columns a reward function asks for."""
 
 import inspect
 from collections.abc import Callable, Collection
@@ -37,3 +37,27 @@ def require_columns(function: Callable[..., Any], columns: Collection[str]) -> N
             "every question its gold answer in such a column, or use a reward function that needs "
             "none"
         )
+
+
+def check_counted(dataset: Any, why: str, need: str) -> None:
+    """Refuse a stream, whose rows cannot be counted, and a data set without rows.
+
+    Args:
+        dataset: What a trainer was given.
+        why: Why its rows must be counted.
+        need: What to give instead of nothing.
+
+    Raises:
+        TypeError: it has no length.
+        ValueError: it has no rows.
+
+    Example:
+        >>> check_counted([{"prompt": "1+1="}], "each row has a value", "give prompts")
+    """
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"got a {type(dataset).__name__}, which has no length; {why}: load the data without "
+            "streaming"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"the data set has no rows; {need}")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from llm_xrisk.data.columns import check_counted
 from llm_xrisk.data.tokenize import encode_prompt_completion
 
 _GOLD = ("completion", "chosen")
@@ -36,13 +37,7 @@ def prepare_dft_dataset(
         IndexError: index values other than 0..n-1, each once.
         TypeError: the rows cannot be counted, as those of a stream.
     """
-    if not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"got a {type(dataset).__name__}, which has no length; DFT keeps a value for each "
-            "row: load the data without streaming"
-        )
-    if len(dataset) == 0:
-        raise ValueError("the data set has no rows; DFT needs prompts with gold answers")
+    check_counted(dataset, "DFT keeps a value for each row", "DFT needs prompts with gold answers")
     _check_columns(dataset[0])
     if "prompt_ids" not in dataset[0]:
 

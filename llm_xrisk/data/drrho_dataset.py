@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_xrisk.data.collators import pad_rows
+from llm_xrisk.data.columns import check_counted
 from llm_xrisk.data.tokenize import encode_prompt_completion
 
 
@@ -34,13 +35,9 @@ def prepare_drrho_dataset(dataset: Any, *, tokenizer: Any, max_length: int) -> A
         IndexError: an index that is negative or stands in several rows.
         TypeError: the rows cannot be counted, as those of a stream.
     """
-    if not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"got a {type(dataset).__name__}, which has no length; DRRHO keeps a reference loss "
-            "for each row: load the data without streaming"
-        )
-    if len(dataset) == 0:
-        raise ValueError("the data set has no rows; DRRHO needs prompts with responses")
+    check_counted(
+        dataset, "DRRHO keeps a reference loss for each row", "DRRHO needs prompts with responses"
+    )
     _check_columns(dataset[0])
     if "prompt_ids" not in dataset[0]:
 

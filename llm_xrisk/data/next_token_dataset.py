@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_xrisk.data.collators import pad_rows
+from llm_xrisk.data.columns import check_counted
 from llm_xrisk.data.drrho_dataset import _encode
 from llm_xrisk.data.tokenize import _encode_text
 
@@ -41,12 +42,8 @@ def prepare_next_tokens(dataset: Any, *, tokenizer: Any, max_length: int) -> Any
             than ``max_length``.
         TypeError: the rows cannot be counted, as those of a stream.
     """
-    if not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"got a {type(dataset).__name__}, which has no length; load the data without streaming"
-        )
-    if len(dataset) == 0:
-        raise ValueError("the data set has no rows; give rows with text, or prompt and completion")
+    need = "give rows with text, or prompt and completion"
+    check_counted(dataset, "rows are cut into pieces before training", need)
     form = next((form for form in _FORMS if form <= set(dataset[0])), None)
     if form is None:
         raise ValueError(
